@@ -1,0 +1,325 @@
+"""The one typed config tree: every default lives here, beside its unit and its source.
+
+A preset (`cocosnet/configs/*.yaml`) or a user's YAML file overrides fields; `--set section.key=value` overrides both.
+Unknown keys and impossible combinations are refused before any work starts. "paper" below is the CoCosNet v2 paper,
+"release" the authors' public code, from which numbers are taken that the paper leaves open.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cocosnet.errors import ConfigError
+
+PRESET_FOLDER = Path(__file__).parent / "configs"
+TASKS = ("edge", "mask", "pose")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How pictures become tensors."""
+
+    task: str = "edge"  # what a condition is: edge (1 channel), mask (one-hot labels) or pose
+    size: int = 512  # px, shorter side of a prepared picture; training crops squares of this side
+    classes: int = 0  # label classes of task mask; one further channel holds "unknown"
+    edges: str = "auto"  # edge extractor: hed, hed-small, image (ready-made), or auto (hed where its weights are)
+    crop: str = "none"  # none keeps proportions, square cuts the centre, face cuts around landmarks
+    landmarks: str = ""  # JSON of 68 face points a picture, for crop: face
+    val_fraction: float = 0.05  # share of pictures held out, by a stable hash of their names
+
+    @property
+    def condition_channels(self) -> int:
+        """Channels of a condition tensor."""
+        return {"edge": 1, "mask": self.classes + 1, "pose": 20}[self.task]
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The mapping functions M_A and M_B (Eq. 1-2), two U-Nets of the same shape."""
+
+    levels: int = 4  # L, levels of the pyramid; the finest is full resolution, each coarser one half of it
+    stem_width: int = 32  # channels of the first convolution, at full resolution (release)
+    widths: tuple[int, ...] = (64, 128, 128, 128)  # channels from full resolution down; may go deeper than L for context
+    out_widths: tuple[int, ...] = (128, 128, 64, 32)  # C_1..C_L, channels of the features, coarse to fine (release)
+    spade_hidden: int = 128  # hidden channels of the SPADE layers in the up path (release)
+
+
+@dataclass(frozen=True)
+class MatchingConfig:
+    """Hierarchical GRU-assisted PatchMatch, N_1..N_L (Section 3.2)."""
+
+    channels: int = 32  # channels of the unit vectors that are compared (release)
+    candidates: int = 16  # K of Eq. 8
+    iterations: int = 5  # T, iterations a level (release)
+    temperature: float = 0.01  # tau of the softmax over matching scores (release)
+    propagation: bool = True  # Eq. 5; off for the second row of Table 5
+    refinement: str = "gru"  # gru (Eq. 6), conv (third row of Table 5) or none (first row)
+    hidden: int = 32  # channels of the ConvGRU's state (release)
+    max_step: float = 3.0  # px of the level, bound of one update dH (ours: dH = max_step * tanh)
+    share_levels: bool = True  # one refinement module for all levels, as the release does; off: one a level
+
+
+@dataclass(frozen=True)
+class TranslatorConfig:
+    """The translation network G (Section 3.3)."""
+
+    widths: tuple[int, ...] = (512, 512, 512, 256, 128, 64)  # channels a scale, from 1/32 to full resolution (release)
+    blocks: tuple[int, ...] = (1, 2, 1, 1, 1, 1)  # SPADE residual blocks a scale (release)
+    spade_hidden: int = 128  # hidden channels of the two convolutions of Eq. 9 (release)
+    code_size: int = 16  # px, side of the learned constant code z
+    use_condition: bool = False  # also modulate by x_A, as the release does; the paper's Eq. 9 has the warps only
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """The discriminator D: patch discriminators on an image pyramid."""
+
+    width: int = 64  # channels of the first layer (release)
+    layers: int = 4  # strided and plain 4x4 convolutions before the score (release)
+    scales: int = 2  # pyramid scales (release)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes the shapes of the networks."""
+
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    matching: MatchingConfig = field(default_factory=MatchingConfig)
+    translator: TranslatorConfig = field(default_factory=TranslatorConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The weights of Eq. 19; the paper states none, so they are the release's unless a comment says otherwise."""
+
+    align: float = 10.0  # lambda_1, Eq. 11
+    corr: float = 100.0  # lambda_2, Eq. 12 (release: 500, divided by its batch of 2 a GPU and more; ours: 100)
+    map: float = 1.0  # lambda_3, Eq. 13-14 (absent from the release; ours)
+    sem: float = 1.0  # lambda_4 on Eq. 15
+    contextual: float = 10.0  # lambda_4 u_m on Eq. 16's first term (before the layers' own weights)
+    feature: float = 10.0  # lambda_4 eta_m on Eq. 16's second term (before the layers' own weights)
+    adv: float = 10.0  # lambda_5, Eq. 17-18
+    iteration_decay: float = 0.8  # weight 0.8^(T-1-t) of the warp after iteration t in Eq. 12 (ours)
+    perceptual: str = "vgg19"  # network phi: vgg19 (torchvision), vgg16-caffe, or none (drops Eq. 15-16)
+
+
+@dataclass(frozen=True)
+class DistortionConfig:
+    """The geometric augmentation T that makes a pseudo exemplar of x_B (Section 3.4); ours, the paper gives no numbers."""
+
+    rotate: float = 15.0  # degrees, uniform in +-
+    scale: float = 0.15  # relative, uniform in +-
+    translate: float = 0.1  # of the side, uniform in +-
+    tps_grid: int = 4  # control points a side of the thin-plate spline
+    tps: float = 0.06  # of the side, standard deviation of a control point's shift
+    flip: float = 0.0  # probability of a mirrored exemplar
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the networks learn (Section 4)."""
+
+    images: int = 1_000_000  # length of the run, counted in images
+    batch: int = 16  # images a step, over all processes
+    lr_g: float = 1e-4  # Adam, generator, encoders, matcher and mapping (paper)
+    lr_d: float = 4e-4  # Adam, discriminator (paper: TTUR)
+    beta1: float = 0.0  # paper
+    beta2: float = 0.999  # paper (release: 0.9)
+    ema_images: int = 10_000  # half-life of the averaged weights, in images (ours)
+    real_exemplars: float = 0.3  # probability of another picture as exemplar instead of a pseudo exemplar
+    adv_start: int = 0  # images before the adversarial loss sets in
+    precision: str = "auto"  # convolutions: fp32, bf16, or auto (bf16 where the device is quick at it)
+    workers: int = 2  # processes that load data
+    seed: int = 1234
+    log_images: int = 500  # images between two lines of stats.jsonl
+    sample_images: int = 10_000  # images between two sample grids
+    save_images: int = 10_000  # images between two checkpoints
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole tree."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    distortion: DistortionConfig = field(default_factory=DistortionConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def preset_names() -> list[str]:
+    """Names of the shipped presets."""
+    return sorted(path.stem for path in PRESET_FOLDER.glob("*.yaml"))
+
+
+def load_config(source: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """Build the tree from a preset's name or a YAML file (None: the defaults), then apply `section.key=value` overrides.
+
+    Raises:
+        ConfigError: no such preset or file, malformed YAML, an unknown key, a value of the wrong type, or values that
+            contradict each other.
+    """
+    tree = _read_yaml(source) if source is not None else {}
+    for override in overrides:
+        _apply_override(tree, override)
+    return config_from_dict(tree)
+
+
+def config_from_dict(tree: Mapping[str, Any]) -> Config:
+    """Build and check the tree from nested mappings, e.g. those stored in a checkpoint. Raises ConfigError."""
+    config = _build(Config, tree, "")
+    _check(config)
+    return config
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """The tree as nested dicts of plain values, as written into runs and checkpoints."""
+    return dataclasses.asdict(config)
+
+
+def config_to_yaml(config: Config) -> str:
+    """The tree as YAML text that `load_config` reads back."""
+    return yaml.safe_dump(_plain(config_to_dict(config)), sort_keys=False)
+
+
+def _read_yaml(source: str | Path) -> dict[str, Any]:
+    path = Path(source)
+    if path.suffix not in (".yaml", ".yml"):
+        path = PRESET_FOLDER / f"{source}.yaml"
+        if not path.is_file():
+            raise ConfigError(f"no preset is called {str(source)!r}{_nearest(str(source), preset_names())}; "
+                              f"the presets are {', '.join(preset_names())}")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot read this config: {' '.join(str(error).split())}") from error
+    if not isinstance(tree or {}, dict):
+        raise ConfigError(f"{path}: a config is a mapping of sections, found {type(tree).__name__}")
+    return tree or {}
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign:
+        raise ConfigError(f"--set {override!r}: write section.key=value")
+    *sections, name = key.strip().split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--set {override!r}: {section} is a value, not a section")
+    try:
+        tree[name] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: cannot read the value") from error
+
+
+def _build(kind: type, values: Any, where: str) -> Any:
+    """Make a `kind` (a dataclass) of a mapping, field by field."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where or 'config'}: expected a section, found {values!r}")
+    hints = typing.get_type_hints(kind)
+    for key in values:
+        if key not in hints:
+            raise ConfigError(f"unknown config key {where + str(key)!r}{_nearest(str(key), hints)}")
+    return kind(**{key: _coerce(hints[key], value, where + key) for key, value in values.items()})
+
+
+def _coerce(kind: Any, value: Any, where: str) -> Any:
+    """Turn a YAML value into the field's type; YAML reads 1e-4 as text, so numbers are parsed by the type."""
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, where + ".")
+    if isinstance(kind, types.GenericAlias):
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{where}: expected a list, found {value!r}")
+        return tuple(_coerce(typing.get_args(kind)[0], item, where) for item in value)
+    try:
+        return _SCALARS[kind](value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{where}: expected {kind.__name__}, found {value!r}") from None
+
+
+def _bool(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def _int(value: Any) -> int:
+    if isinstance(value, bool) or int(float(value)) != float(value):
+        raise ValueError
+    return int(float(value))
+
+
+def _float(value: Any) -> float:
+    if isinstance(value, bool):
+        raise ValueError
+    return float(value)
+
+
+def _str(value: Any) -> str:
+    if isinstance(value, (dict, list)):
+        raise ValueError
+    return "" if value is None else str(value)
+
+
+_SCALARS = {bool: _bool, int: _int, float: _float, str: _str}
+
+
+def _check(config: Config) -> None:
+    """Refuse what cannot work, naming the keys at fault."""
+    encoder, matching, translator = config.model.encoder, config.model.matching, config.model.translator
+    _one_of("data.task", config.data.task, TASKS)
+    _one_of("data.crop", config.data.crop, ("none", "square", "face"))
+    _one_of("model.matching.refinement", matching.refinement, ("gru", "conv", "none"))
+    _one_of("loss.perceptual", config.loss.perceptual, ("vgg19", "vgg16-caffe", "none"))
+    _one_of("train.precision", config.train.precision, ("auto", "fp32", "bf16"))
+    _require(len(encoder.out_widths) == encoder.levels,
+             f"model.encoder.out_widths must have levels={encoder.levels} entries, has {len(encoder.out_widths)}")
+    _require(len(encoder.widths) >= encoder.levels,
+             f"model.encoder.widths must have at least levels={encoder.levels} entries, has {len(encoder.widths)}")
+    _require(len(translator.blocks) == len(translator.widths),
+             "model.translator.blocks and model.translator.widths must be of the same length")
+    _require(config.data.task != "mask" or config.data.classes > 0, "data.classes must be set for task mask")
+    for name, value in _positive_values(config):
+        _require(value > 0, f"{name} must be positive, is {value}")
+
+
+def _positive_values(config: Config) -> list[tuple[str, float]]:
+    matching, train = config.model.matching, config.train
+    return [("data.size", config.data.size), ("model.encoder.levels", config.model.encoder.levels),
+            ("model.matching.candidates", matching.candidates), ("model.matching.temperature", matching.temperature),
+            ("model.matching.max_step", matching.max_step), ("train.batch", train.batch), ("train.images", train.images),
+            ("train.lr_g", train.lr_g), ("train.lr_d", train.lr_d), ("train.log_images", train.log_images),
+            ("train.save_images", train.save_images), ("train.sample_images", train.sample_images)]
+
+
+def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:
+    allowed = tuple(allowed)
+    _require(value in allowed, f"{name} is {value!r}{_nearest(value, allowed)}; it is one of {', '.join(allowed)}")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _nearest(word: str, words: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(words), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, so that the YAML has no Python tags."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

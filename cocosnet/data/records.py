@@ -1,0 +1,142 @@
+"""Pair records: the one thing that flows through the pipe, one JSON object a line.
+
+    {"schema": "cocosctl.pair/1", "id": .., "condition": .., "exemplar": .., "exemplar_condition": .., "target": ..,
+     "output": .., "status": "ok|skipped|error", "error": .., "seconds": .., <unknown keys pass through>}
+
+Paths in a manifest file are relative to the manifest's folder; paths on a stream are relative to the working folder.
+A record whose status is "error" travels on untouched, so that the last command of a pipe still knows of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from cocosnet.errors import DataError
+from cocosnet.files import atomic_path
+
+SCHEMA = "cocosctl.pair/1"
+MANIFEST_NAME = "manifest.jsonl"
+PATH_FIELDS = ("condition", "exemplar", "exemplar_condition", "target", "output")
+STATUSES = ("ok", "skipped", "error")
+
+
+@dataclass
+class Record:
+    """One pair: files by role (paths as text, None where absent), what became of it, and keys that pass through."""
+
+    id: str
+    condition: str | None = None
+    exemplar: str | None = None
+    exemplar_condition: str | None = None
+    target: str | None = None
+    output: str | None = None
+    status: str = "ok"
+    error: str | None = None
+    seconds: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> bool:
+        """True where an earlier or this step could not handle the pair."""
+        return self.status == "error"
+
+    def failure(self, message: str) -> Record:
+        """A copy that says what went wrong."""
+        return dataclasses.replace(self, status="error", error=message)
+
+    def to_json(self) -> str:
+        """One line of JSON; absent fields are left out."""
+        known = {name: getattr(self, name) for name in _FIELDS if getattr(self, name) is not None}
+        return json.dumps({"schema": SCHEMA, **known, **self.extra}, ensure_ascii=True)
+
+    def rebased(self, change: Any) -> Record:
+        """A copy with `change` applied to every path that is present."""
+        paths = {name: change(getattr(self, name)) for name in PATH_FIELDS if getattr(self, name) is not None}
+        return dataclasses.replace(self, **paths)
+
+
+_FIELDS = tuple(f.name for f in dataclasses.fields(Record) if f.name != "extra")
+
+
+def parse_record(line: str, number: int = 0) -> Record:
+    """Read one line.
+
+    Raises:
+        DataError: not a JSON object, another schema, no id, or a field of the wrong type.
+    """
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"record {number}: not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise DataError(f"record {number}: expected a JSON object, found {type(values).__name__}")
+    if values.pop("schema", SCHEMA) != SCHEMA:
+        raise DataError(f"record {number}: not a {SCHEMA} record")
+    _check_values(values, number)
+    known = {name: values.pop(name) for name in _FIELDS if name in values}
+    return Record(**known, extra=values)
+
+
+def _check_values(values: dict[str, Any], number: int) -> None:
+    if not isinstance(values.get("id"), str) or not values["id"]:
+        raise DataError(f"record {number}: needs an id (text)")
+    for name in (*PATH_FIELDS, "error"):
+        if not isinstance(values.get(name), (str, type(None))):
+            raise DataError(f"record {number} ({values['id']}): {name} must be text")
+    if values.get("status", "ok") not in STATUSES:
+        raise DataError(f"record {number} ({values['id']}): status must be one of {', '.join(STATUSES)}")
+    if not isinstance(values.get("seconds"), (int, float, type(None))):
+        raise DataError(f"record {number} ({values['id']}): seconds must be a number")
+
+
+def iter_records(lines: Iterable[str]) -> Iterator[Record]:
+    """Records of a stream, as they arrive; a bad line becomes an error record called `line-N`, blank lines are passed over."""
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield parse_record(line, number)
+            except DataError as error:
+                yield Record(id=f"line-{number}", status="error", error=str(error))
+
+
+def read_manifest(path: str | Path) -> list[Record]:
+    """Records of a manifest file, or of the manifest in a prepared folder, with paths made absolute.
+
+    Raises:
+        DataError: the file is missing, unreadable or holds no record.
+    """
+    path = Path(path)
+    path = path / MANIFEST_NAME if path.is_dir() else path
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot read this manifest ({error}); make one with `cocosctl prepare`") from error
+    folder = path.parent.absolute()
+    records = [record.rebased(lambda name: str(folder / name)) for record in iter_records(lines)]
+    if not records:
+        raise DataError(f"{path}: holds no records; make one with `cocosctl prepare`")
+    return records
+
+
+def write_manifest(path: str | Path, records: Iterable[Record]) -> None:
+    """Write records (with absolute paths) as a manifest whose paths are relative to its folder where they lie in it."""
+    folder = Path(path).parent.absolute()
+
+    def relative(name: str) -> str:
+        absolute = Path(name).absolute()
+        return str(absolute.relative_to(folder)) if absolute.is_relative_to(folder) else str(absolute)
+
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as stream:
+        for record in records:
+            print(record.rebased(relative).to_json(), file=stream)
+
+
+def write_record(stream: IO[str], record: Record) -> None:
+    """Write one record to a stream and flush, so that the next command of a pipe can start on it."""
+    stream.write(record.to_json() + "\n")
+    stream.flush()

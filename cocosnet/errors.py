@@ -1,0 +1,34 @@
+"""The errors that a user can cause and mend; the command line turns each into one line and an exit code.
+
+Everything else that is raised is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class CocosError(Exception):
+    """Base of all errors with a remedy. The message is one line that names the thing at fault and what to do."""
+
+
+class DataError(CocosError):
+    """An input file, record or folder cannot be used (exit code 3, or an error record in a batch)."""
+
+
+class ConfigError(CocosError):
+    """A preset, a config file or a `--set` is wrong (exit code 3)."""
+
+
+class CheckpointError(CocosError):
+    """A checkpoint exists but is damaged, of another kind, or does not fit the network (exit code 3)."""
+
+
+class MissingWeights(CocosError):
+    """Weights that are needed are not on this machine (exit code 5)."""
+
+
+class MissingDependency(CocosError):
+    """An optional package or a device that is needed is absent (exit code 5)."""
+
+
+class Stopped(CocosError):
+    """A signal asked to stop; the state was saved and the work can be resumed (exit code 75)."""
