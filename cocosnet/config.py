@@ -49,8 +49,13 @@ class EncoderConfig:
     levels: int = 4  # L, levels of the pyramid; the finest is full resolution, each coarser one half of it
     stem_width: int = 32  # channels of the first convolution, at full resolution (release)
     widths: tuple[int, ...] = (64, 128, 128, 128)  # channels from full resolution down; may go deeper than L for context
-    out_widths: tuple[int, ...] = (128, 128, 64, 32)  # C_1..C_L, channels of the features, coarse to fine (release)
     spade_hidden: int = 128  # hidden channels of the SPADE layers in the up path (release)
+    exemplar_condition: bool = False  # M_B also sees the exemplar's own condition, as in the release (paper: y_B only)
+
+    @property
+    def out_widths(self) -> tuple[int, ...]:
+        """C_1..C_L, channels of the features, coarse to fine: each fits the skip connection of the next finer scale."""
+        return (self.stem_width, *self.widths)[: self.levels][::-1]
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class MatchingConfig:
     propagation: bool = True  # Eq. 5; off for the second row of Table 5
     refinement: str = "gru"  # gru (Eq. 6), conv (third row of Table 5) or none (first row)
     hidden: int = 32  # channels of the ConvGRU's state (release)
+    backend: str = "auto"  # engine: reference (plain PyTorch), compiled (CPU, numba), or auto (the quickest at hand)
     max_step: float = 3.0  # px of the level, bound of one update dH (ours: dH = max_step * tanh)
     share_levels: bool = True  # one refinement module for all levels, as the release does; off: one a level
 
@@ -281,10 +287,9 @@ def _check(config: Config) -> None:
     _one_of("data.task", config.data.task, TASKS)
     _one_of("data.crop", config.data.crop, ("none", "square", "face"))
     _one_of("model.matching.refinement", matching.refinement, ("gru", "conv", "none"))
+    _one_of("model.matching.backend", matching.backend, ("auto", "reference", "compiled"))
     _one_of("loss.perceptual", config.loss.perceptual, ("vgg19", "vgg16-caffe", "none"))
     _one_of("train.precision", config.train.precision, ("auto", "fp32", "bf16"))
-    _require(len(encoder.out_widths) == encoder.levels,
-             f"model.encoder.out_widths must have levels={encoder.levels} entries, has {len(encoder.out_widths)}")
     _require(len(encoder.widths) >= encoder.levels,
              f"model.encoder.widths must have at least levels={encoder.levels} entries, has {len(encoder.widths)}")
     _require(len(translator.blocks) == len(translator.widths),

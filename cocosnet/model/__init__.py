@@ -1,0 +1,1 @@
+"""The networks of CoCosNet v2. Start reading at `cocosnet.py`."""

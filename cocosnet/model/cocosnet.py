@@ -1,0 +1,103 @@
+"""CoCosNet v2, the whole of Figure 2: features, matching, warp, translation. Start reading here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cocosnet.config import Config
+from cocosnet.model.encoders import Encoder
+from cocosnet.model.hierarchy import Hierarchy, Level
+from cocosnet.model.layers import pad_to_multiple
+from cocosnet.model.matches import Matches
+from cocosnet.model.translator import Translator, join_warps
+
+
+@dataclass
+class Output:
+    """What a forward pass gives. Lists run from the coarse level to the full resolution."""
+
+    image: Tensor  # x_B: B,3,H,W in [-1, 1]
+    warps: list[Tensor]  # w_l: B,3,h,w in [-1, 1]
+    matches: list[Matches]  # H_l and S_l
+    iteration_warps: list[list[Tensor]]  # w_l after every iteration while training; the last one alone otherwise
+    features_x: list[Tensor]  # f_l^x: B,C_l,h,w, unit length
+    features_y: list[Tensor]  # f_l^y
+
+
+class CoCosNet(nn.Module):
+    """CoCosNet v2 (Zhou et al., CVPR 2021) of a config's shape.
+
+        out = model(condition, exemplar)
+
+    condition x_A: B,C,H,W in [0, 1]; exemplar y_B: B,3,H',W' in [-1, 1]; any sizes, which need not agree.
+    exemplar_condition: B,C,H',W', used where the config's `encoder.exemplar_condition` says so.
+    The pass is deterministic: there are no random numbers in it.
+
+    Raises:
+        ValueError: an input has the wrong number of dimensions, channels or pictures.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        shape, channels = config.model, config.data.condition_channels
+        self.condition_encoder = Encoder(channels, shape.encoder)
+        self.image_encoder = Encoder(3 + channels * shape.encoder.exemplar_condition, shape.encoder)
+        self.hierarchy = Hierarchy(shape.encoder.out_widths, shape.matching)
+        self.translator = Translator(3 * shape.encoder.levels + channels * shape.translator.use_condition, shape.translator)
+        self.multiple = 2 ** max(len(shape.encoder.widths) - 1, len(shape.translator.widths) - 1)
+
+    def forward(self, condition: Tensor, exemplar: Tensor, exemplar_condition: Tensor | None = None) -> Output:
+        """The paper's Figure 2. See the class for shapes."""
+        size = self._check(condition, exemplar, exemplar_condition)
+        x_a, y_b = pad_to_multiple(condition, self.multiple), pad_to_multiple(exemplar, self.multiple)
+        features_x = self.encode_condition(x_a)  # Eq. 1
+        features_y = self.encode_image(y_b, exemplar_condition)  # Eq. 2
+        levels = self.hierarchy(features_x, features_y, y_b)  # Eq. 3-8
+        image = self.translate([level.warps[-1] for level in levels], x_a)  # Eq. 9-10
+        return _crop(image, levels, features_x, features_y, size)
+
+    def encode_condition(self, condition: Tensor) -> list[Tensor]:
+        """M_A, Eq. 1: L maps of unit vectors, coarse to fine."""
+        return self.condition_encoder(pad_to_multiple(condition, self.multiple))
+
+    def encode_image(self, image: Tensor, condition: Tensor | None = None) -> list[Tensor]:
+        """M_B, Eq. 2: L maps of unit vectors, coarse to fine. `condition` belongs to the image."""
+        if self.config.model.encoder.exemplar_condition:
+            if condition is None:
+                raise ValueError("this model's image encoder also sees the exemplar's condition: pass exemplar_condition")
+            image = torch.cat([pad_to_multiple(image, self.multiple), pad_to_multiple(condition, self.multiple)], dim=1)
+        return self.image_encoder(pad_to_multiple(image, self.multiple))
+
+    def translate(self, warps: list[Tensor], condition: Tensor) -> Tensor:
+        """G, Eq. 10: warps coarse to fine (padded sizes) and the padded condition to B,3,H,W in [-1, 1]."""
+        guide = join_warps(warps)
+        if self.config.model.translator.use_condition:
+            guide = torch.cat([guide, condition], dim=1)
+        return self.translator(guide)
+
+    def _check(self, condition: Tensor, exemplar: Tensor, exemplar_condition: Tensor | None) -> torch.Size:
+        channels = self.config.data.condition_channels
+        for name, tensor, wanted in (("condition", condition, channels), ("exemplar", exemplar, 3),
+                                     ("exemplar_condition", exemplar_condition, channels)):
+            if tensor is not None and (tensor.dim() != 4 or tensor.shape[1] != wanted):
+                raise ValueError(f"{name}: expected B,{wanted},H,W, got {','.join(map(str, tensor.shape))}")
+        if condition.shape[0] != exemplar.shape[0]:
+            raise ValueError(f"{condition.shape[0]} conditions but {exemplar.shape[0]} exemplars")
+        return condition.shape[-2:]
+
+
+def _crop(image: Tensor, levels: list[Level], features_x: list[Tensor], features_y: list[Tensor], size: torch.Size) -> Output:
+    """Cut off what padding added: at each level, what lies beyond the original picture's share, rounded up."""
+
+    def cut(tensor: Tensor, level: int) -> Tensor:
+        factor = 2 ** (len(levels) - 1 - level)
+        return tensor[..., : -(-size[0] // factor), : -(-size[1] // factor)]
+
+    matches = [Matches(cut(level.matches.positions, i), cut(level.matches.scores, i)) for i, level in enumerate(levels)]
+    steps = [[cut(warp, i) for warp in level.warps] for i, level in enumerate(levels)]
+    return Output(image=image[..., : size[0], : size[1]], warps=[warps[-1] for warps in steps], matches=matches,
+                  iteration_warps=steps, features_x=[cut(f, i) for i, f in enumerate(features_x)], features_y=features_y)

@@ -1,0 +1,94 @@
+"""GRU-based refinement (Eq. 6-7): from the current matches and their history, a correction dH of every candidate.
+
+`Refinement` is the paper's operator; `ConvRefinement` has the same inputs and no memory (third row of Table 5).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cocosnet.config import MatchingConfig
+from cocosnet.model.matches import Matches
+from cocosnet.model.warp import pixel_grid, sample
+
+HEAD_GAIN = 0.01  # scale of the last layer at the start: corrections begin near zero, yet every layer gets a gradient
+
+
+class ConvGRU(nn.Module):
+    """Eq. 6 with 3x3 convolutions. State and input: B,hidden,h,w and B,inputs,h,w."""
+
+    def __init__(self, inputs: int, hidden: int):
+        super().__init__()
+        self.gates = nn.Conv2d(hidden + inputs, 2 * hidden, 3, padding=1)
+        self.proposal = nn.Conv2d(hidden + inputs, hidden, 3, padding=1)
+
+    def forward(self, state: Tensor, x: Tensor) -> Tensor:
+        """One step: z, r, the proposal, and their blend. Returns the new state."""
+        z, r = torch.sigmoid(self.gates(torch.cat([state, x], 1))).chunk(2, dim=1)
+        proposal = torch.tanh(self.proposal(torch.cat([r * state, x], 1)))
+        return (1 - z) * state + z * proposal
+
+
+class MatchEncoder(nn.Module):
+    """x_t of Eq. 6: features of f^x, f^y, O_t and S_t, side by side.
+
+    f^y is read at each pixel's best match, so that it can be compared with f^x there. Offsets are divided by the map's
+    size, so that the same weights serve every level and size; empty slots (-inf) read as the lowest cosine, -1.
+    """
+
+    def __init__(self, channels: int, candidates: int, hidden: int):
+        super().__init__()
+        self.appearance = nn.Conv2d(2 * channels, hidden, 1)
+        self.motion = nn.Conv2d(3 * candidates, hidden, 3, padding=1)
+        self.join = nn.Conv2d(2 * hidden, hidden, 3, padding=1)
+
+    def forward(self, matches: Matches, features_x: Tensor, features_y: Tensor) -> Tensor:
+        """Matches of K candidates, features B,C,h,w and B,C,H,W. Returns B,hidden,h,w."""
+        height, width = features_x.shape[-2:]
+        offsets = matches.positions - pixel_grid(height, width, features_x.device)
+        offsets = offsets / offsets.new_tensor(features_y.shape[-2:]).view(1, 1, 2, 1, 1)
+        motion = torch.cat([offsets.flatten(1, 2), matches.scores.clamp(min=-1)], dim=1)
+        best = sample(features_y, matches.positions[:, :1]).squeeze(2)
+        appearance = torch.cat([features_x, best], dim=1)
+        x = torch.cat([self.appearance(appearance), self.motion(motion)], dim=1)
+        return F.relu(self.join(F.relu(x)))
+
+
+class Refinement(nn.Module):
+    """dH = max_step * tanh(two convolutions of the GRU's state); h_0 = 0.
+
+    The bound keeps an untrained or surprised network from throwing matches away; far corrections take several steps.
+    """
+
+    def __init__(self, config: MatchingConfig):
+        super().__init__()
+        self.max_step, self.hidden = config.max_step, config.hidden
+        self.encode = MatchEncoder(config.channels, config.candidates, config.hidden)
+        self.memory = ConvGRU(config.hidden, config.hidden) if config.refinement == "gru" else Memoryless(config.hidden)
+        self.head = nn.Sequential(nn.Conv2d(config.hidden, config.hidden, 3, padding=1), nn.ReLU(),
+                                  nn.Conv2d(config.hidden, 2 * config.candidates, 3, padding=1))
+        with torch.no_grad():
+            self.head[-1].weight.mul_(HEAD_GAIN)
+            self.head[-1].bias.zero_()
+
+    def forward(self, state: Tensor | None, matches: Matches, features_x: Tensor, features_y: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the new state B,hidden,h,w and dH B,K,2,h,w float32, in pixels of the level, within +-max_step."""
+        x = self.encode(matches, features_x, features_y)
+        state = x.new_zeros(x.shape[0], self.hidden, *x.shape[-2:]) if state is None else state
+        state = self.memory(state, x)
+        step = self.max_step * torch.tanh(self.head(state).float())
+        return state, step.unflatten(1, (-1, 2))
+
+
+class Memoryless(nn.Module):
+    """A plain convolution in the GRU's place, which forgets: the third row of Table 5."""
+
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.conv = nn.Conv2d(hidden, hidden, 3, padding=1)
+
+    def forward(self, state: Tensor, x: Tensor) -> Tensor:
+        """Ignores the state. B,hidden,h,w -> B,hidden,h,w."""
+        return F.relu(self.conv(x))

@@ -1,0 +1,121 @@
+"""Hierarchical matching (Eq. 3): the coarse level exactly, then GRU-assisted PatchMatch level by level.
+
+Each level takes the matches of the one before, and gives its own and the exemplar warped by them (Eq. 8).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cocosnet.config import MatchingConfig
+from cocosnet.model.convgru import Refinement
+from cocosnet.model.exact import exact_top_k, exact_warp
+from cocosnet.model.matches import Matches
+from cocosnet.model.patchmatch import evaluate, select_engine
+from cocosnet.model.warp import downsample, soft_warp, upsample_positions
+
+
+@dataclass
+class Level:
+    """Result of one level: H_l and S_l, and the warp after every iteration (only the last one in evaluation mode)."""
+
+    matches: Matches
+    warps: list[Tensor]  # B,3,h,w each
+
+
+class Projection(nn.Module):
+    """Features of one level to unit vectors of `channels` numbers whose mean is taken off (release).
+
+    One projection serves both domains: they share a space (Eq. 11), so what brings them together is kept.
+    """
+
+    def __init__(self, inputs: int, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, channels, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """B,C_l,h,w -> B,channels,h,w float32, unit length over the channels."""
+        x = self.conv(features).float()
+        return F.normalize(x - x.mean(1, keepdim=True), dim=1)
+
+
+class CoarseLevel(nn.Module):
+    """N_1: every position against every other. All positions enter the soft warp, so the gradient reaches all features."""
+
+    def __init__(self, config: MatchingConfig):
+        super().__init__()
+        self.candidates, self.temperature = config.candidates, config.temperature
+
+    def forward(self, features_x: Tensor, features_y: Tensor, exemplar: Tensor) -> Level:
+        """features B,C,h,w and B,C,H,W of unit length; exemplar B,3,H,W."""
+        warp = exact_warp(features_x, features_y, exemplar, self.temperature)
+        return Level(exact_top_k(features_x.detach(), features_y.detach(), self.candidates), [warp])
+
+
+class PatchMatchLevel(nn.Module):
+    """N_l, l > 1: T iterations of propagation (Eq. 5) and refinement (Eq. 6), H_{t+1} = H'_t + dH_t.
+
+    Positions are cut off between iterations, as in RAFT: each iteration's warp teaches its own step.
+    """
+
+    def __init__(self, config: MatchingConfig, refinement: Refinement | None):
+        super().__init__()
+        self.iterations, self.temperature = config.iterations, config.temperature
+        self.propagate = select_engine(config.backend) if config.propagation else evaluate
+        self.refinement = refinement
+
+    def forward(self, coarse: Matches, features_x: Tensor, features_y: Tensor, exemplar: Tensor) -> Level:
+        """coarse: H_{l-1}; features B,C,h,w and B,C,H,W of unit length; exemplar B,3,H,W."""
+        positions = upsample_positions(coarse.positions.detach(), *features_x.shape[-2:])
+        state, warps = None, []
+        for iteration in range(self.iterations):
+            state, matches = self.iterate(state, positions.detach(), features_x, features_y)
+            if self.training or iteration == self.iterations - 1:
+                warps.append(soft_warp(exemplar, matches.positions, matches.scores, self.temperature))
+            positions = matches.positions
+        return Level(matches, warps)
+
+    def iterate(self, state: Tensor | None, positions: Tensor, features_x: Tensor, features_y: Tensor) -> tuple[Tensor | None, Matches]:
+        """One iteration. Returns the GRU's state and the scored H_{t+1}."""
+        with torch.no_grad():
+            proposed = self.propagate(positions, features_x.detach(), features_y.detach())
+        if self.refinement is None:
+            return None, evaluate(proposed.positions, features_x, features_y)
+        state, step = self.refinement(state, proposed.detach(), features_x, features_y)
+        return state, evaluate(proposed.positions + step, features_x, features_y)
+
+
+class Hierarchy(nn.Module):
+    """N_1 .. N_L. `widths`: channels of the features, coarse to fine."""
+
+    def __init__(self, widths: tuple[int, ...], config: MatchingConfig):
+        super().__init__()
+        self.projections = nn.ModuleList(Projection(width, config.channels) for width in widths)
+        self.coarse = CoarseLevel(config)
+        self.fine = nn.ModuleList(_fine_levels(len(widths) - 1, config))
+
+    def forward(self, features_x: list[Tensor], features_y: list[Tensor], exemplar: Tensor) -> list[Level]:
+        """Eq. 3. features_x, features_y: L maps each, coarse to fine; exemplar B,3,H,W at full resolution."""
+        levels: list[Level] = []
+        for index, (project, x, y) in enumerate(zip(self.projections, features_x, features_y)):
+            x, y = project(x), project(y)
+            picture = downsample(exemplar, 2 ** (len(self.projections) - 1 - index))
+            with torch.autocast(x.device.type, enabled=False):
+                level = self.coarse(x, y, picture) if index == 0 else self._fine(index, levels[-1].matches, x, y, picture)
+            levels.append(level)
+        return levels
+
+    def _fine(self, index: int, coarse: Matches, x: Tensor, y: Tensor, picture: Tensor) -> Level:
+        return self.fine[index - 1](coarse, x, y, picture)
+
+
+def _fine_levels(count: int, config: MatchingConfig) -> list[PatchMatchLevel]:
+    def refinement() -> Refinement | None:
+        return None if config.refinement == "none" else Refinement(config)
+
+    shared = refinement() if config.share_levels else None
+    return [PatchMatchLevel(config, shared if config.share_levels else refinement()) for _ in range(count)]

@@ -1,0 +1,98 @@
+"""Blocks that several networks share: spectral normalisation, SPADE, residual blocks, padding."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+LEAK = 0.2  # slope of every LeakyReLU (release)
+
+
+def conv(inputs: int, outputs: int, kernel: int = 3, *, stride: int = 1, bias: bool = True, spectral: bool = False) -> nn.Module:
+    """A convolution that keeps the size (at stride 1), borders reflected as in the release; optionally spectrally normalised."""
+    mode = "reflect" if kernel > 1 else "zeros"
+    layer = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=bias, padding_mode=mode)
+    nn.init.xavier_uniform_(layer.weight)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return spectral_norm(layer) if spectral else layer
+
+
+def positional_norm(x_BCHW: Tensor, eps: float = 1e-5) -> Tensor:
+    """Subtract the mean and divide by the standard deviation over the channels of each position (mu_hw, sigma_hw of Eq. 9)."""
+    mean = x_BCHW.mean(1, keepdim=True)
+    variance = (x_BCHW - mean).square().mean(1, keepdim=True)
+    return (x_BCHW - mean) * torch.rsqrt(variance + eps)
+
+
+class Spade(nn.Module):
+    """Spatially-adaptive denormalisation, Eq. 9: alpha(w) * (T - mu) / sigma + beta(w), two convolutions a map.
+
+    alpha is predicted as 1 + conv, so that a fresh layer passes its input on.
+    """
+
+    def __init__(self, channels: int, guide_channels: int, hidden: int):
+        super().__init__()
+        self.shared = conv(guide_channels, hidden)
+        self.alpha_beta = conv(hidden, 2 * channels)
+
+    def forward(self, x: Tensor, guide: Tensor) -> Tensor:
+        """x B,C,h,w; guide B,G,H,W of any size, resized to x. Returns B,C,h,w."""
+        guide = resize_guide(guide, x.shape[-2:])
+        alpha, beta = self.alpha_beta(F.relu(self.shared(guide))).chunk(2, dim=1)
+        return positional_norm(x) * (1 + alpha) + beta
+
+
+class SpadeBlock(nn.Module):
+    """A residual block of two SPADE-normalised 3x3 convolutions; a 1x1 shortcut where the widths differ (release)."""
+
+    def __init__(self, inputs: int, outputs: int, guide_channels: int, hidden: int):
+        super().__init__()
+        middle = min(inputs, outputs)
+        self.norm_0, self.conv_0 = Spade(inputs, guide_channels, hidden), conv(inputs, middle, spectral=True)
+        self.norm_1, self.conv_1 = Spade(middle, guide_channels, hidden), conv(middle, outputs, spectral=True)
+        self.shortcut = conv(inputs, outputs, 1, bias=False, spectral=True) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: Tensor, guide: Tensor) -> Tensor:
+        """x B,inputs,h,w; guide B,G,H,W. Returns B,outputs,h,w."""
+        y = self.conv_0(F.leaky_relu(self.norm_0(x, guide), LEAK))
+        y = self.conv_1(F.leaky_relu(self.norm_1(y, guide), LEAK))
+        return self.shortcut(x) + y
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with instance normalisation and PReLU, added to the input (release)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        # An instance norm removes what a bias adds, so a bias there could never learn.
+        self.conv_0, self.conv_1 = conv(channels, channels, bias=False), conv(channels, channels, bias=False)
+        self.activation_0, self.activation_1 = nn.PReLU(), nn.PReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B,C,h,w -> B,C,h,w."""
+        y = self.activation_0(instance_norm(self.conv_0(x)))
+        return self.activation_1(x + instance_norm(self.conv_1(y)))
+
+
+def instance_norm(x_BCHW: Tensor) -> Tensor:
+    """Normalise each channel of each picture over its pixels; a map of one pixel passes unchanged (it has no spread)."""
+    return F.instance_norm(x_BCHW) if x_BCHW.shape[-2] * x_BCHW.shape[-1] > 1 else x_BCHW
+
+
+def resize_guide(guide: Tensor, size: torch.Size) -> Tensor:
+    """Bring a guide to `size`: averaged where it shrinks by a whole factor, nearest otherwise (release: nearest)."""
+    if guide.shape[-2:] == size:
+        return guide
+    factor = guide.shape[-1] // size[1]
+    if factor > 1 and guide.shape[-2] == factor * size[0] and guide.shape[-1] == factor * size[1]:
+        return F.avg_pool2d(guide, factor)
+    return F.interpolate(guide, size=size, mode="nearest")
+
+
+def pad_to_multiple(x_BCHW: Tensor, multiple: int) -> Tensor:
+    """Repeat the bottom and right border until both sides are multiples of `multiple`."""
+    bottom, right = (-x_BCHW.shape[-2]) % multiple, (-x_BCHW.shape[-1]) % multiple
+    return F.pad(x_BCHW, (0, right, 0, bottom), mode="replicate") if bottom or right else x_BCHW

@@ -1,0 +1,113 @@
+"""Propagation and evaluation (Eq. 5): matches spread from neighbour to neighbour, the K best distinct ones survive.
+
+One pass looks along one axis: every pixel considers its own K matches and those of its two neighbours there, shifted by
+one so that they continue the neighbour's match. An iteration is a horizontal and a vertical pass, always in that order.
+Selection is discrete and carries no gradient; `evaluate` scores the survivors differentiably.
+
+This file is the definition, in plain PyTorch, and the door to the faster engines (`select_engine`).
+
+Shapes: B batch, C channels, K candidates, h w the condition's map, H W the exemplar's map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cocosnet.model.matches import Matches
+from cocosnet.model.warp import clamp_positions, sample
+
+AXES = (-1, -2)  # horizontal first, then vertical
+CHUNK = 2**25  # sampled feature values held at once: 128 MiB of float32
+
+
+@torch.no_grad()
+def propagate(positions: Tensor, features_x: Tensor, features_y: Tensor) -> Matches:
+    """H' = propagation(H, f^x, f^y), Eq. 5, one horizontal and one vertical pass.
+
+    positions B,K,2,h,w (clamped here); features_x B,C,h,w and features_y B,C,H,W of unit length, float32.
+    Returns the K best distinct candidates of every pixel, best first.
+    """
+    for axis in AXES:
+        matches = best_distinct(neighbour_candidates(positions, axis), features_x, features_y, positions.shape[1])
+        positions = matches.positions
+    return matches
+
+
+def neighbour_candidates(positions: Tensor, axis: int) -> Tensor:
+    """Own matches and those of the two neighbours along `axis` (-1 columns, -2 rows), continued by one pixel.
+
+    If the left neighbour matches q, this pixel tries q + (0, 1). Pixels at the border repeat their own matches.
+    B,K,2,h,w -> B,3K,2,h,w, own matches first, then the previous neighbour's, then the next one's.
+    """
+    size = positions.shape[axis]
+    step = torch.zeros_like(positions)
+    step.select(2, 0 if axis == -2 else 1).fill_(1.0)
+    previous = torch.cat([positions.narrow(axis, 0, 1) - step.narrow(axis, 0, 1), positions.narrow(axis, 0, size - 1)], axis) + step
+    following = torch.cat([positions.narrow(axis, 1, size - 1), positions.narrow(axis, size - 1, 1) + step.narrow(axis, 0, 1)], axis) - step
+    return torch.cat([positions, previous, following], dim=1)
+
+
+@torch.no_grad()
+def best_distinct(candidates: Tensor, features_x: Tensor, features_y: Tensor, count: int) -> Matches:
+    """Score candidates (B,N,2,h,w) and keep the `count` best that lie in distinct pixels of the exemplar, best first."""
+    candidates = clamp_positions(candidates, *features_y.shape[-2:])
+    scores = drop_duplicates(candidates, cosine(features_x, features_y, candidates))
+    best, order = torch.topk(scores, count, dim=1)
+    kept = torch.gather(candidates, 1, order.unsqueeze(2).expand(-1, -1, 2, -1, -1))
+    return Matches(kept, best)
+
+
+def drop_duplicates(positions: Tensor, scores: Tensor) -> Tensor:
+    """Scores with -inf for every candidate whose pixel (position rounded) a better or equal, earlier one already holds.
+
+    positions B,N,2,h,w; scores B,N,h,w. Differentiable in the kept scores.
+    """
+    with torch.no_grad():
+        # Rows and columns are rounded before they join, and they join as integers.
+        rows, columns = positions.round().long().unbind(2)
+        pixels = rows * (columns.max() + 1) + columns
+        by_score = torch.sort(scores, dim=1, descending=True, stable=True).indices
+        pixels, by_pixel = torch.sort(pixels.gather(1, by_score), dim=1, stable=True)
+        order = by_score.gather(1, by_pixel)
+        repeated = torch.zeros_like(scores, dtype=torch.bool)
+        repeated[:, 1:] = pixels[:, 1:] == pixels[:, :-1]
+        duplicate = torch.zeros_like(repeated).scatter_(1, order, repeated)
+    return scores.masked_fill(duplicate, -torch.inf)
+
+
+def cosine(features_x: Tensor, features_y: Tensor, positions: Tensor) -> Tensor:
+    """S(p, k) = cos(f^x(p), f^y(H(p, k))) of Eq. 7, with f^y read bilinearly.
+
+    Between pixels the mean of unit vectors is shorter than 1: a match between unlike pixels scores less, which is what a
+    match there deserves, so it is not stretched. Returns B,N,h,w; differentiable in all three. Candidates are sampled in
+    groups, so that no more than CHUNK feature values are held without a gradient.
+    """
+    batch, channels, height, width = features_x.shape
+    group = max(1, CHUNK // (batch * channels * height * width))
+    return torch.cat([torch.einsum("bchw,bckhw->bkhw", features_x, sample(features_y, part))
+                      for part in positions.split(group, dim=1)], dim=1)
+
+
+def evaluate(positions: Tensor, features_x: Tensor, features_y: Tensor) -> Matches:
+    """Score a field as it stands: clamped to the map, duplicates emptied; the order of the candidates stays.
+
+    Differentiable in positions and features. Returns Matches of the same K.
+    """
+    positions = clamp_positions(positions, *features_y.shape[-2:])
+    return Matches(positions, drop_duplicates(positions, cosine(features_x, features_y, positions)))
+
+
+Engine = Callable[[Tensor, Tensor, Tensor], Matches]
+
+
+def select_engine(backend: str) -> Engine:
+    """The propagation engine of a name: reference (this file) or compiled (CPU); auto takes the quickest for the tensors.
+
+    All engines have `propagate`'s signature and agree with it. Raises MissingDependency where `compiled` lacks numba.
+    """
+    if backend == "reference":
+        return propagate
+    return propagate

@@ -1,0 +1,65 @@
+"""Coordinates, sampling and the soft warp (Eq. 8). This module owns THE coordinate convention.
+
+Convention: a position is (y, x), rows first, in pixels of the level at hand, with pixel centres at integers: (0, 0) is
+the centre of the top left pixel, (h-1, w-1) that of the bottom right one. Rows and columns are separate channels and
+never join into one float. Between levels of a factor 2, fine pixel 2i+r (r = 0, 1) lies in coarse pixel i.
+Positions outside the map are clamped to its border.
+
+Shapes: B batch, C channels, K candidates, h w the condition's map, H W the exemplar's map (sizes may differ).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def pixel_grid(height: int, width: int, device: torch.device | None = None) -> Tensor:
+    """Each pixel's own position. Returns 2,height,width float32, channel 0 = y."""
+    rows = torch.arange(height, dtype=torch.float32, device=device)
+    columns = torch.arange(width, dtype=torch.float32, device=device)
+    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"))
+
+
+def clamp_positions(positions_BK2hw: Tensor, height: int, width: int) -> Tensor:
+    """Move positions that left a map of `height` x `width` onto its border. Same shape and dtype."""
+    limit = positions_BK2hw.new_tensor([height - 1, width - 1]).view(1, 1, 2, 1, 1)
+    return torch.minimum(positions_BK2hw.clamp(min=0), limit)
+
+
+def sample(map_BCHW: Tensor, positions_BK2hw: Tensor) -> Tensor:
+    """Read a map bilinearly at fractional positions, the border repeated outside.
+
+    Differentiable in both arguments. Returns B,C,K,h,w in the map's dtype.
+    """
+    batch, candidates, _, height, width = positions_BK2hw.shape
+    span = positions_BK2hw.new_tensor([max(size - 1, 1) for size in map_BCHW.shape[-2:]]).view(1, 1, 2, 1, 1)
+    normalised = positions_BK2hw * (2.0 / span) - 1.0
+    grid = normalised.flip(2).permute(0, 1, 3, 4, 2).reshape(batch, candidates * height, width, 2)
+    values = F.grid_sample(map_BCHW, grid.to(map_BCHW.dtype), mode="bilinear", padding_mode="border", align_corners=True)
+    return values.view(batch, -1, candidates, height, width)
+
+
+def soft_warp(exemplar_BCHW: Tensor, positions_BK2hw: Tensor, scores_BKhw: Tensor, temperature: float) -> Tensor:
+    """Eq. 8: w(p) = sum_k softmax_k(S(p, k) / temperature) y(H(p, k)).
+
+    A score of -inf marks an empty slot and weighs nothing. Returns B,C,h,w float32, differentiable in all inputs.
+    """
+    weights = torch.softmax(scores_BKhw / temperature, dim=1)
+    return torch.einsum("bckhw,bkhw->bchw", sample(exemplar_BCHW, positions_BK2hw), weights)
+
+
+def upsample_positions(positions_BK2hw: Tensor, height: int, width: int) -> Tensor:
+    """Carry a field to the next finer level: a fine pixel looks where its coarse pixel looked, at its own corner of it.
+
+    H_fine(2i + r) = 2 H_coarse(i) + r for r in {0, 1}^2, so that offsets double and distinct candidates stay distinct.
+    `height`, `width` are the fine condition map's size. Returns B,K,2,height,width, not clamped.
+    """
+    doubled = positions_BK2hw.repeat_interleave(2, dim=-2).repeat_interleave(2, dim=-1)[..., :height, :width] * 2
+    return doubled + pixel_grid(height, width, positions_BK2hw.device).remainder(2)
+
+
+def downsample(image_BCHW: Tensor, factor: int) -> Tensor:
+    """Average `factor` x `factor` pixels, the arrow of Eq. 12; sizes must be multiples of `factor`."""
+    return image_BCHW if factor == 1 else F.avg_pool2d(image_BCHW, factor)
