@@ -1,0 +1,127 @@
+"""The perceptual network phi of Eq. 15-16: a frozen VGG, cut open after its rectifiers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cocosnet.errors import CheckpointError, MissingWeights
+from cocosnet.weights import find_weights
+
+
+@dataclass(frozen=True)
+class VggShape:
+    """Convolutions and channels of each block, and how a picture in [-1, 1] enters: x * scale + shift, a number a channel."""
+
+    counts: tuple[int, ...]
+    widths: tuple[int, ...]
+    scale: tuple[float, float, float]
+    shift: tuple[float, float, float]
+    bgr: bool = False  # channels are turned round first; scale and shift are in the network's order
+
+
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision, RGB in [0, 1]
+_CAFFE_MEAN = (103.939, 116.779, 123.68)  # BGR in 0..255
+VGG19 = VggShape(counts=(2, 2, 4, 4, 4), widths=(64, 128, 256, 512, 512), scale=tuple(0.5 / s for s in _STD),
+                 shift=tuple((0.5 - m) / s for m, s in zip(_MEAN, _STD)))
+VGG16_CAFFE = VggShape(counts=(2, 2, 3, 3, 3), widths=(64, 128, 256, 512, 512), scale=(127.5,) * 3,
+                       shift=tuple(127.5 - m for m in _CAFFE_MEAN), bgr=True)
+SHAPES = {"vgg19": VGG19, "vgg16-caffe": VGG16_CAFFE}
+
+
+class Vgg(nn.Module):
+    """Blocks of 3x3 convolutions with rectifiers, 2x2 max pooling between the blocks. Frozen; always in evaluation mode.
+
+        features = vgg(image, ["relu1_2", "relu4_2"])
+
+    image B,3,H,W in [-1, 1]; relu{b}_{i} is B,C_b,H/2^(b-1),W/2^(b-1), at least 0, in the type of the network's weights
+    (float32, or bfloat16 after `.to(torch.bfloat16)`). Nothing deeper than what is asked for is computed.
+    """
+
+    def __init__(self, shape: VggShape):
+        super().__init__()
+        self.shape = shape
+        inputs = (3, *shape.widths)
+        self.convs = nn.ModuleDict({
+            f"conv{b}_{i}": nn.Conv2d(inputs[b - 1] if i == 1 else width, width, 3, padding=1)
+            for b, (width, count) in enumerate(zip(shape.widths, shape.counts), start=1) for i in range(1, count + 1)})
+        self.register_buffer("scale", torch.tensor(shape.scale).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("shift", torch.tensor(shape.shift).view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Vgg:
+        """Stays in evaluation mode whatever is asked."""
+        return super().train(False)
+
+    def forward(self, image: Tensor, layers: Iterable[str]) -> dict[str, Tensor]:
+        """See the class. Raises KeyError for a layer that the network does not have."""
+        wanted, found = set(layers), {}
+        x = self._enter(image)
+        with torch.autocast(image.device.type, enabled=False):
+            for name, layer in self.convs.items():
+                x = F.max_pool2d(x, 2) if name.endswith("_1") and name != "conv1_1" else x
+                x = F.relu(layer(x))
+                if (relu := name.replace("conv", "relu")) in wanted:
+                    found[relu] = x
+                if len(found) == len(wanted):
+                    return found
+        raise KeyError(f"no layer is called {', '.join(sorted(wanted - set(found)))}")
+
+    def _enter(self, image: Tensor) -> Tensor:
+        weight = self.convs["conv1_1"].weight
+        x = image.flip(1) if self.shape.bgr else image
+        x = (x.float() * self.scale.float() + self.shift.float()).to(weight.dtype)
+        return x.contiguous(memory_format=torch.channels_last)
+
+
+def load_perceptual(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Vgg:
+    """The network called `name` (vgg19 or vgg16-caffe) with its ImageNet weights, on `device`, computing in `dtype`.
+
+    Raises:
+        MissingWeights: no network is called so, or its file is not here and cannot be fetched.
+        CheckpointError: the file is damaged or holds something else.
+    """
+    if name not in SHAPES:
+        raise MissingWeights(f"no perceptual network is called {name!r}; known are {', '.join(SHAPES)}")
+    network = Vgg(SHAPES[name])
+    load_vgg(network, find_weights(name))
+    return network.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+
+
+def load_vgg(network: Vgg, path: Path) -> None:
+    """Fill `network` from a file of ours (.safetensors, keys conv{b}_{i}.weight) or of torchvision (.pth, keys features.N).
+
+    Raises:
+        CheckpointError: the file cannot be read, or its tensors are not those of this network.
+    """
+    state = _read(path)
+    if not any(key.startswith("conv") for key in state):
+        state = _from_torchvision(state, list(network.convs))
+    try:
+        network.convs.load_state_dict({key: value.float() for key, value in state.items()})
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: not the weights of this VGG: {' '.join(str(error).split())[:300]}") from error
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # readers of damaged files raise whatever their parser raises
+        raise CheckpointError(f"{path}: cannot read these weights: {' '.join(str(error).split())[:200]}") from error
+
+
+def _from_torchvision(state: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    """Rename features.0, features.2, ... in their order; the classifier of the file is of no use here."""
+    positions = sorted({int(key.split(".")[1]) for key in state if key.startswith("features.")})
+    renamed = {}
+    for position, name in zip(positions, names):
+        for kind in ("weight", "bias"):
+            renamed[f"{name}.{kind}"] = state[f"features.{position}.{kind}"]
+    return renamed
