@@ -1,0 +1,1 @@
+"""From picture files to tensors: decoding, conditions, extractors, prepared folders and training pairs."""

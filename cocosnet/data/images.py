@@ -1,0 +1,185 @@
+"""Picture files in and out: every odd file becomes plain RGB, grey or index pixels, or one clear error.
+
+This module owns how files are decoded and how pixel values map to tensors: 0..255 becomes [-1,1].
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from cocosnet.errors import DataError
+from cocosnet.files import atomic_path
+
+MAX_PIXELS = 150_000_000  # pixels of one picture that we decode (450 MB as RGB); Pillow's own bound is 179 million
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+SAVE_OPTIONS = {".png": {}, ".jpg": {"quality": 95, "subsampling": 0}, ".jpeg": {"quality": 95, "subsampling": 0},
+                ".webp": {"quality": 95}}
+
+
+def shown(path: str | Path) -> str:
+    """The path as text for a one-line message: line breaks, control characters and undecodable bytes are escaped."""
+    text = str(path)
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def find_images(folder: str | Path, exclude: str | Path | None = None) -> list[Path]:
+    """Paths of the pictures in `folder` and below, by suffix, sorted; hidden files and folders are passed over.
+
+    Folders that are links are not entered. `exclude` names a folder to leave out, such as one's own output.
+
+    Raises:
+        DataError: `folder` is not a folder, or a folder below it cannot be listed.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{shown(folder)}: no such folder; give the folder that holds the pictures")
+    excluded = os.path.realpath(exclude) if exclude is not None else None
+    return sorted(_walk(folder, excluded))
+
+
+def _walk(folder: Path, excluded: str | None) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{shown(error.filename)}: cannot list this folder: {error.strerror}; check its permissions")
+
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders
+                      if not name.startswith(".") and os.path.realpath(os.path.join(place, name)) != excluded]
+        for name in names:
+            if not name.startswith(".") and name.lower().endswith(SUFFIXES):
+                yield Path(place, name)
+
+
+def load_rgb(path: str | Path, shorter: int | None = None) -> Image.Image:
+    """The picture as mode RGB, turned upright by its EXIF tag.
+
+    CMYK, palettes, 16-bit and float grey become 8-bit RGB, and transparency is laid over white. Of an animation, the first frame.
+
+    Args:
+        shorter: shorter side in px that the caller will resize to; a bigger JPEG is then decoded at a fraction of its
+            size (never below twice `shorter`), which saves most of the time and memory.
+
+    Raises:
+        DataError: missing, empty, truncated, not a picture, or more than MAX_PIXELS pixels.
+    """
+    image = _decode(path, shorter)
+    return image if image.mode == "RGB" else _flatten(image)
+
+
+def load_gray(path: str | Path) -> Image.Image:
+    """The picture as mode L (0..255), e.g. an edge map; converted and refused as by `load_rgb`."""
+    image = _decode(path, None)
+    return image if image.mode == "L" else _flatten(image).convert("L")
+
+
+def load_labels(path: str | Path) -> np.ndarray:
+    """The class indices of a label map, H,W int32. A palette is only for display: the indices count.
+
+    Raises:
+        DataError: as `load_rgb`, or a picture with colours instead of indices.
+    """
+    image = _decode(path, None)
+    if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
+        raise DataError(f"{shown(path)}: a label map has one class index a pixel, this is a {image.mode} picture; "
+                        "save it as a grey or palette PNG of indices")
+    return np.asarray(image).astype(np.int32)
+
+
+def _decode(path: str | Path, shorter: int | None) -> Image.Image:
+    """Open, check, decode and turn upright; the mode is the file's own."""
+    if not os.path.isfile(path):
+        raise DataError(f"{shown(path)}: no such file; check the path")
+    if os.path.getsize(path) == 0:
+        raise DataError(f"{shown(path)}: the file is empty; copy it again or remove it")
+    try:
+        return _decode_unchecked(path, shorter)
+    except (DataError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{shown(path)}: the picture is too big (over {MAX_PIXELS:,} pixels); reduce it first") from error
+    except Exception as error:  # on damaged files Pillow's decoders raise nearly every built-in exception
+        reason = " ".join(shown(error).split()) or type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = "not a picture in a known format"
+        raise DataError(f"{shown(path)}: cannot read this picture ({reason}); save it again as PNG or JPEG") from error
+
+
+def _decode_unchecked(path: str | Path, shorter: int | None) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # bombs are bounded below, and odd EXIF blocks are no news to a user
+        with Image.open(path) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise DataError(f"{shown(path)}: the picture is too big ({width}x{height}, over {MAX_PIXELS:,} pixels); "
+                                "reduce it first")
+            if shorter is not None and min(width, height) > 2 * shorter and image.format == "JPEG":
+                image.draft(None, tuple(2 * shorter * side // min(width, height) for side in (width, height)))
+            image.load()
+            return ImageOps.exif_transpose(image)
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """Any mode to RGB."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _deep_gray(np.asarray(image)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _deep_gray(values: np.ndarray) -> Image.Image:
+    """Grey of more than 8 bits to mode L; the white point is guessed among the three in use: 1, 255 and 65535."""
+    fractions = values.dtype.kind == "f"
+    values = np.nan_to_num(values.astype(np.float32))
+    peak = values.max(initial=0)
+    white = 1.0 if fractions and peak <= 1 else 255.0 if peak <= 255 and values.dtype.itemsize > 2 else 65535.0
+    return Image.fromarray((np.clip(values / white, 0, 1) * 255 + 0.5).astype(np.uint8))
+
+
+def resize_shorter(image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
+    """The picture with its shorter side of `size` px and its proportions kept (the longer side rounded).
+
+    Raises:
+        DataError: so long and thin that the result would have more than MAX_PIXELS pixels.
+    """
+    width, height = image.size
+    scale = size / min(width, height)
+    target = tuple(size if side == min(width, height) else max(size, round(side * scale)) for side in (width, height))
+    if target[0] * target[1] > MAX_PIXELS:
+        raise DataError(f"a picture of {width}x{height} px is too long and thin to be resized to {size} px; crop it first")
+    return image if target == image.size else image.resize(target, resample)
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """A picture as 3,H,W float32 in [-1,1]; modes other than RGB are converted."""
+    pixels = np.array(image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_image(tensor: torch.Tensor) -> Image.Image:
+    """A 3,H,W tensor in [-1,1] (values outside are clamped) as a picture of mode RGB; exact inverse of `to_tensor`."""
+    pixels = (tensor.detach().float().clamp(-1, 1) + 1) * 127.5
+    return Image.fromarray(pixels.round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def save_image(image: Image.Image, path: str | Path) -> None:
+    """Write the picture atomically; its suffix chooses the format (.png, .jpg, .jpeg, .webp).
+
+    Raises:
+        DataError: another suffix, a picture that the format cannot hold, or the file cannot be written.
+    """
+    options = SAVE_OPTIONS.get(Path(path).suffix.lower())
+    if options is None:
+        raise DataError(f"{shown(path)}: cannot write this format; use one of {', '.join(SAVE_OPTIONS)}")
+    try:
+        with atomic_path(path) as temporary:
+            image.save(temporary, **options)
+    except ValueError as error:
+        raise DataError(f"{shown(path)}: cannot write this picture ({error}); try .png") from error
