@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,21 +16,29 @@ from cocosnet.weights import find_weights
 
 @dataclass(frozen=True)
 class VggShape:
-    """Convolutions and channels of each block, and how a picture in [-1, 1] enters: x * scale + shift, a number a channel."""
+    """Convolutions and channels of each block, and how a picture in [-1, 1] enters: x * scale + shift, a number a channel.
+
+    A layer's output is divided by its unit (1 where none is given), so that losses weigh alike whatever the network.
+    """
 
     counts: tuple[int, ...]
     widths: tuple[int, ...]
     scale: tuple[float, float, float]
     shift: tuple[float, float, float]
     bgr: bool = False  # channels are turned round first; scale and shift are in the network's order
+    units: Mapping[str, float] = field(default_factory=dict)
 
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision, RGB in [0, 1]
 _CAFFE_MEAN = (103.939, 116.779, 123.68)  # BGR in 0..255
+# Mean activations over 13 portraits and paintings: the Caffe network lives on 0..255, torchvision's near 1.
+_CAFFE_UNITS = {"relu1_1": 20.0, "relu1_2": 106.0, "relu2_1": 174.0, "relu2_2": 190.0, "relu3_1": 233.0, "relu3_2": 259.0,
+                "relu3_3": 167.0, "relu4_1": 137.0, "relu4_2": 76.0, "relu4_3": 19.0, "relu5_1": 19.0, "relu5_2": 8.4,
+                "relu5_3": 1.1}
 VGG19 = VggShape(counts=(2, 2, 4, 4, 4), widths=(64, 128, 256, 512, 512), scale=tuple(0.5 / s for s in _STD),
                  shift=tuple((0.5 - m) / s for m, s in zip(_MEAN, _STD)))
 VGG16_CAFFE = VggShape(counts=(2, 2, 3, 3, 3), widths=(64, 128, 256, 512, 512), scale=(127.5,) * 3,
-                       shift=tuple(127.5 - m for m in _CAFFE_MEAN), bgr=True)
+                       shift=tuple(127.5 - m for m in _CAFFE_MEAN), bgr=True, units=_CAFFE_UNITS)
 SHAPES = {"vgg19": VGG19, "vgg16-caffe": VGG16_CAFFE}
 
 
@@ -39,8 +47,8 @@ class Vgg(nn.Module):
 
         features = vgg(image, ["relu1_2", "relu4_2"])
 
-    image B,3,H,W in [-1, 1]; relu{b}_{i} is B,C_b,H/2^(b-1),W/2^(b-1), at least 0, in the type of the network's weights
-    (float32, or bfloat16 after `.to(torch.bfloat16)`). Nothing deeper than what is asked for is computed.
+    image B,3,H,W in [-1, 1]; relu{b}_{i} is B,C_b,H/2^(b-1),W/2^(b-1), at least 0, over the shape's unit, in the type of
+    the network's weights (float32, or bfloat16 after `.to(torch.bfloat16)`). Nothing deeper than what is asked for is computed.
     """
 
     def __init__(self, shape: VggShape):
@@ -67,7 +75,7 @@ class Vgg(nn.Module):
                 x = F.max_pool2d(x, 2) if name.endswith("_1") and name != "conv1_1" else x
                 x = F.relu(layer(x))
                 if (relu := name.replace("conv", "relu")) in wanted:
-                    found[relu] = x
+                    found[relu] = x / self.shape.units.get(relu, 1.0)
                 if len(found) == len(wanted):
                     return found
         raise KeyError(f"no layer is called {', '.join(sorted(wanted - set(found)))}")

@@ -1,0 +1,107 @@
+"""What a step learns from. A batch is a function of (seed, step) alone, so a run can be resumed anywhere, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cocosnet.config import Config
+from cocosnet.data.distortion import distort
+from cocosnet.errors import DataError
+
+_ORDER, _DRAW = 0, 1  # which stream of random numbers: the order of an epoch, or the draws of a step
+
+
+@dataclass
+class Batch:
+    """One step's pictures, S x S each: condition x_A B,C,S,S in [0, 1]; image x_B and exemplar B,3,S,S in [-1, 1];
+    exemplar_condition B,C,S,S; pseudo B, 1 where the exemplar is a distorted x_B and 0 where it is another picture."""
+
+    condition: Tensor
+    image: Tensor
+    exemplar: Tensor
+    exemplar_condition: Tensor
+    pseudo: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on `device`, pictures channels-last, which convolutions are quickest at."""
+        return Batch(**{name: _place(value, device) for name, value in vars(self).items()})
+
+    def pin_memory(self) -> Batch:
+        """The same in memory that a GPU can fetch from on its own; the loader calls this."""
+        return Batch(**{name: value.pin_memory() for name, value in vars(self).items()})
+
+
+def _place(value: Tensor, device: torch.device) -> Tensor:
+    layout = torch.channels_last if value.dim() == 4 else torch.contiguous_format
+    return value.to(device, non_blocking=True, memory_format=layout)
+
+
+class StepBatches(Dataset):
+    """Batches by the number of the step. `pairs` gives dicts of condition, image, exemplar, exemplar_condition and id."""
+
+    def __init__(self, pairs: Sequence[Mapping[str, Any]], config: Config):
+        self.pairs, self.config = pairs, config
+        if len(pairs) == 0:
+            raise DataError("there is no pair to train on; prepare more pictures or lower data.val_fraction")
+
+    def __getitem__(self, step: int) -> Batch:
+        """The batch of step `step`, counted from 0. Raises DataError where a picture cannot be used."""
+        size = self.config.train.batch
+        generator = step_generator(self.config.train.seed, _DRAW, step)
+        return stack([self._sample(index, generator) for index in self.order(step * size, size)])
+
+    def order(self, start: int, count: int) -> list[int]:
+        """Indices of `count` pictures from the run's `start`-th on: every epoch goes through all in an order of its own."""
+        return [int(self._epoch(position // len(self.pairs))[position % len(self.pairs)])
+                for position in range(start, start + count)]
+
+    def _epoch(self, epoch: int) -> Tensor:
+        return torch.randperm(len(self.pairs), generator=step_generator(self.config.train.seed, _ORDER, epoch))
+
+    def _sample(self, index: int, generator: torch.Generator) -> Batch:
+        item = self.pairs[index]
+        real = bool(torch.rand((), generator=generator) < self.config.train.real_exemplars)
+        return make_sample(item, self.config, pseudo=not real, generator=generator)
+
+
+def make_sample(item: Mapping[str, Any], config: Config, *, pseudo: bool, generator: torch.Generator) -> Batch:
+    """A batch of one. A pair without an exemplar of its own gets a pseudo exemplar: x_B distorted, its condition likewise."""
+    channels = item["condition"].shape[0]
+    own = _crop(torch.cat([item["condition"], item["image"]]), config.data.size, item["id"], generator)
+    if pseudo or item.get("exemplar") is None:
+        other, pseudo = distort(own[None], config.distortion, generator)[0], True
+    else:
+        other = torch.cat([item["exemplar_condition"], item["exemplar"]])
+        other = _crop(other, config.data.size, item["id"], generator)
+    return Batch(condition=own[None, :channels], image=own[None, channels:], exemplar=other[None, channels:],
+                 exemplar_condition=other[None, :channels], pseudo=torch.tensor([float(pseudo)]))
+
+
+def stack(samples: Sequence[Batch]) -> Batch:
+    """Samples as one batch."""
+    names = [field.name for field in dataclasses.fields(Batch)]
+    return Batch(**{name: torch.cat([getattr(sample, name) for sample in samples]) for name in names})
+
+
+def step_generator(seed: int, stream: int, number: int) -> torch.Generator:
+    """Random numbers for one purpose: streams and numbers are mixed, not added, so that none repeats another."""
+    state = np.random.SeedSequence((seed, stream, number)).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state) >> 1)
+
+
+def _crop(picture: Tensor, size: int, name: str, generator: torch.Generator) -> Tensor:
+    """A square of side `size` somewhere in C,H,W."""
+    height, width = picture.shape[-2:]
+    if min(height, width) < size:
+        raise DataError(f"{name}: {width}x{height} is smaller than data.size={size}; prepare the data at this size or more")
+    top = int(torch.randint(height - size + 1, (), generator=generator))
+    left = int(torch.randint(width - size + 1, (), generator=generator))
+    return picture[:, top : top + size, left : left + size]

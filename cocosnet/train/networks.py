@@ -1,0 +1,73 @@
+"""The networks that take part in training, made from a config and a seed."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from cocosnet.config import Config
+from cocosnet.losses.perceptual import Vgg, load_perceptual
+from cocosnet.model.cocosnet import CoCosNet
+from cocosnet.model.discriminator import Discriminator
+from cocosnet.model.mapping import Mapping
+
+
+@dataclass
+class Networks:
+    """M, N and G in `model`; R, D and phi (None where the config names no perceptual network).
+
+    precision: the type that convolutions compute in; losses and matching are float32 whatever it is.
+    """
+
+    model: CoCosNet
+    mapping: Mapping
+    discriminator: Discriminator
+    perceptual: Vgg | None
+    precision: torch.dtype
+
+    def generator_parameters(self) -> list[nn.Parameter]:
+        """What the generator's optimiser moves: encoders, matcher, translator and R."""
+        return [*self.model.parameters(), *self.mapping.parameters()]
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The context that networks run in."""
+        device = next(self.model.parameters()).device
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16)
+
+
+def build_networks(config: Config, device: torch.device, precision: torch.dtype) -> Networks:
+    """Fresh networks on `device`; the same config and seed give the same numbers, and the global generator is left alone.
+
+    Raises:
+        MissingWeights, CheckpointError: the perceptual network's weights are not here, or damaged.
+    """
+    name = config.loss.perceptual
+    perceptual = None if name == "none" else load_perceptual(name, device, precision)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        model = CoCosNet(config)
+        mapping = Mapping(config.model.encoder.out_widths)
+        discriminator = Discriminator(config.data.condition_channels, config.model.discriminator)
+    model, mapping, discriminator = (_placed(network, device) for network in (model, mapping, discriminator))
+    return Networks(model, mapping, discriminator, perceptual, precision)
+
+
+def _placed(network: nn.Module, device: torch.device) -> nn.Module:
+    return network.to(device=device, memory_format=torch.channels_last).train()
+
+
+def pick_precision(precision: str, device: torch.device) -> torch.dtype:
+    """`train.precision` as a type: auto is bfloat16 where the device multiplies it natively, float32 elsewhere."""
+    if precision == "auto":
+        return torch.bfloat16 if _quick_bf16(device) else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def _quick_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private, and absent from some versions
+    return device.type == "cpu" and supported is not None and bool(supported())

@@ -1,0 +1,59 @@
+"""Resume states: files of plain tensors and dicts, `checkpoints/state-IMAGES.pt`, of which the newest two are kept."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cocosnet.errors import CheckpointError
+from cocosnet.files import atomic_path
+
+FORMAT = 1
+KEPT = 2
+
+
+def save_state(folder: Path, images: int, state: dict[str, Any]) -> Path:
+    """Write `state` as the one of `images` images, then drop all but the newest two. Raises DataError if it cannot."""
+    path = folder / f"state-{images:09d}.pt"
+    with atomic_path(path) as temporary:
+        torch.save({"format": FORMAT, "images": images, **state}, temporary)
+    prune(folder, "state-*.pt")
+    return path
+
+
+def prune(folder: Path, pattern: str) -> None:
+    """Remove all but the newest two of the files that match; their names hold the images, so they sort by age."""
+    for old in sorted(folder.glob(pattern))[:-KEPT]:
+        old.unlink(missing_ok=True)
+
+
+def newest_state(folder: Path, passed_over: Callable[[str], None]) -> dict[str, Any] | None:
+    """The newest state that can be read, on the CPU; None where there is none at all. `passed_over` hears of damaged ones.
+
+    Raises:
+        CheckpointError: there are states, but all are damaged.
+    """
+    paths = sorted((path for path in folder.glob("state-*.pt") if re.fullmatch(r"state-\d+\.pt", path.name)), reverse=True)
+    for path in paths:
+        try:
+            return load_state(path)
+        except CheckpointError as error:
+            passed_over(str(error))
+    if paths:
+        raise CheckpointError(f"{folder}: none of the {len(paths)} states can be read; remove the folder to start anew")
+    return None
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read one state. Raises CheckpointError where it is damaged or of another kind."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes the reader raise anything
+        raise CheckpointError(f"{path}: damaged, passed over ({' '.join(str(error).split())[:120]})") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a state of format {FORMAT}, passed over")
+    return state
