@@ -36,7 +36,7 @@ def load_condition(path: str | Path, data: DataConfig, size: tuple[int, int] | N
 
 
 def load_condition_image(path: str | Path, data: DataConfig) -> Image.Image:
-    """The condition file as a picture: mode L for edges, L or I;16 holding class indices for masks. Raises as `load_condition`."""
+    """The condition file as a picture: mode L for edges, L or I;16 of class indices for masks. Raises as `load_condition`."""
     if data.task == "edge":
         return load_gray(path)
     _require_mask(data)
@@ -52,7 +52,7 @@ def condition_to_tensor(image: Image.Image, data: DataConfig) -> torch.Tensor:
 
 
 def one_hot(labels: torch.Tensor, classes: int) -> torch.Tensor:
-    """Class indices H,W (integers) as classes+1,H,W float32 of 0 and 1; indices outside 0..classes-1 set the last channel."""
+    """Class indices H,W as classes+1,H,W float32 of 0 and 1; indices outside 0..classes-1 set the last channel."""
     known = (labels >= 0) & (labels < classes)
     indices = torch.where(known, labels.long(), torch.full_like(labels.long(), classes))
     return torch.zeros(classes + 1, *labels.shape).scatter_(0, indices[None], 1.0)

@@ -59,7 +59,8 @@ def _walk(folder: Path, excluded: str | None) -> Iterator[Path]:
 def load_rgb(path: str | Path, shorter: int | None = None) -> Image.Image:
     """The picture as mode RGB, turned upright by its EXIF tag.
 
-    CMYK, palettes, 16-bit and float grey become 8-bit RGB, and transparency is laid over white. Of an animation, the first frame.
+    CMYK, palettes, 16-bit and float grey become 8-bit RGB; transparency is laid over white; an animation gives its first
+    frame.
 
     Args:
         shorter: shorter side in px that the caller will resize to; a bigger JPEG is then decoded at a fraction of its
@@ -102,7 +103,7 @@ def _decode(path: str | Path, shorter: int | None) -> Image.Image:
     except (DataError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
-        raise DataError(f"{shown(path)}: the picture is too big (over {MAX_PIXELS:,} pixels); reduce it first") from error
+        raise DataError(f"{shown(path)}: too big (over {MAX_PIXELS:,} pixels); reduce the picture first") from error
     except Exception as error:  # on damaged files Pillow's decoders raise nearly every built-in exception
         reason = " ".join(shown(error).split()) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
@@ -116,8 +117,8 @@ def _decode_unchecked(path: str | Path, shorter: int | None) -> Image.Image:
         with Image.open(path) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise DataError(f"{shown(path)}: the picture is too big ({width}x{height}, over {MAX_PIXELS:,} pixels); "
-                                "reduce it first")
+                raise DataError(f"{shown(path)}: too big ({width}x{height}, over {MAX_PIXELS:,} pixels); "
+                                "reduce the picture first")
             if shorter is not None and min(width, height) > 2 * shorter and image.format == "JPEG":
                 image.draft(None, tuple(2 * shorter * side // min(width, height) for side in (width, height)))
             image.load()
@@ -153,7 +154,7 @@ def resize_shorter(image: Image.Image, size: int, resample: Image.Resampling = I
     scale = size / min(width, height)
     target = tuple(size if side == min(width, height) else max(size, round(side * scale)) for side in (width, height))
     if target[0] * target[1] > MAX_PIXELS:
-        raise DataError(f"a picture of {width}x{height} px is too long and thin to be resized to {size} px; crop it first")
+        raise DataError(f"{width}x{height} px is too long and thin to be resized to {size} px; crop the picture first")
     return image if target == image.size else image.resize(target, resample)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -84,7 +85,7 @@ def _hed_small(device: torch.device) -> Extractor:
 
 def _image(device: torch.device) -> Extractor:
     def edges(image: Image.Image) -> torch.Tensor:
-        return torch.frombuffer(bytearray(image.convert("L").tobytes()), dtype=torch.uint8).view(*image.size[::-1]) / 255
+        return torch.from_numpy(np.array(image.convert("L"))).float() / 255
 
     return Extractor("image", edges, {"network": "image"})
 

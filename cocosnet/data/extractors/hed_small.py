@@ -5,6 +5,7 @@ Five scales from full resolution to 1/16, skips by addition. How it was taught: 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -33,9 +34,9 @@ class HedSmall(nn.Module):
         super().__init__()
         self.stem = _block(3, widths[0])
         self.down = nn.ModuleList(nn.Sequential(_block(fine, coarse, stride=2), _block(coarse, coarse))
-                                  for fine, coarse in zip(widths, widths[1:]))
+                                  for fine, coarse in pairwise(widths))
         self.context = _block(widths[-1], widths[-1])
-        self.lateral = nn.ModuleList(nn.Conv2d(coarse, fine, 1) for fine, coarse in zip(widths, widths[1:]))
+        self.lateral = nn.ModuleList(nn.Conv2d(coarse, fine, 1) for fine, coarse in pairwise(widths))
         self.up = nn.ModuleList(_block(fine, fine) for fine in widths[:-1])
         self.score = nn.Conv2d(widths[0], 1, 1)
 

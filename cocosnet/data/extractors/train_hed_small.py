@@ -2,8 +2,9 @@
 
     python -m cocosnet.data.extractors.train_hed_small portraits/ paintings/ --out hed-small.safetensors
 
-Every picture gives one crop of 256x256 px, at a scale that users will have, and HED's answer to it; a stable hash of the
-file's name holds out one in twenty. Loss: binary cross entropy with HED's soft answer, plus L1. Repeatable for a seed.
+Every picture gives one crop of 256x256 px, at a scale that users will have, and HED's answer to it; a stable hash of
+the file's name holds out one in twenty. Loss: binary cross entropy with HED's soft answer, plus L1. Repeatable for a
+seed.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class TrainingPlan:
 
 
 def make_pairs(photos: Sequence[Path], hed: HED, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """One crop a photo, N,256,256,3 uint8 RGB, and HED's edges of it, N,256,256 uint8 (0..255). Seeded photo by photo."""
+    """One crop a photo, N,256,256,3 uint8 RGB, and HED's edges of it, N,256,256 uint8. Seeded photo by photo."""
     pictures = np.empty((len(photos), CROP, CROP, 3), np.uint8)
     edges = np.empty((len(photos), CROP, CROP), np.uint8)
     for index, photo in enumerate(photos):
@@ -63,7 +64,7 @@ def make_pairs(photos: Sequence[Path], hed: HED, seed: int) -> tuple[np.ndarray,
 
 
 def _random_crop(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Half the crops are of the picture at 256 px, half at up to 384; a quarter was reduced to 128 px first (small files)."""
+    """Half the crops are of the picture at 256 px, half at up to 384; a quarter was 128 px before, as small files are."""
     if rng.random() < 0.25:
         image = resize_shorter(image, CROP // 2)
     image = resize_shorter(image, CROP if rng.random() < 0.5 else int(rng.integers(CROP, CROP * 3 // 2 + 1)))
@@ -103,7 +104,8 @@ def _rate(step: int, plan: TrainingPlan) -> float:
 def _batches(pictures: np.ndarray, edges: np.ndarray, plan: TrainingPlan) -> Iterator[tuple[Tensor, Tensor]]:
     """BGR B,3,H,W in 0..255 and edges B,1,H,W in [0,1]; shuffled passes over the data, each batch mirrored or not."""
     rng = np.random.default_rng(plan.seed)
-    order = np.concatenate([rng.permutation(len(pictures)) for _ in range(plan.steps * plan.batch // len(pictures) + 1)])
+    passes = plan.steps * plan.batch // len(pictures) + 1
+    order = np.concatenate([rng.permutation(len(pictures)) for _ in range(passes)])
     for step in range(plan.steps):
         chosen = order[step * plan.batch:(step + 1) * plan.batch]
         mirror = 1 if rng.random() < 0.5 else -1
@@ -121,7 +123,8 @@ def measure(network: HedSmall, pictures: np.ndarray, edges: np.ndarray) -> dict[
         error += (ours - target).abs().mean().item()
         hits += ((ours > 0.5) & (target > 0.5)).sum().item()
         found, true = found + (ours > 0.5).sum().item(), true + (target > 0.5).sum().item()
-    return {"l1": round(error / len(pictures), 5), "f_measure": round(2 * hits / (found + true), 4), "pictures": len(pictures)}
+    return {"l1": round(error / len(pictures), 5), "f_measure": round(2 * hits / (found + true), 4),
+            "pictures": len(pictures)}
 
 
 def write_network(network: HedSmall, path: Path, facts: dict[str, object]) -> None:
@@ -153,7 +156,8 @@ def run(folders: Sequence[Path], out: Path, hed_weights: Path, plan: TrainingPla
     return facts
 
 
-def _cached_pairs(photos: Sequence[Path], weights: Path, plan: TrainingPlan, cache: Path | None) -> tuple[np.ndarray, np.ndarray]:
+def _cached_pairs(photos: Sequence[Path], weights: Path, plan: TrainingPlan,
+                  cache: Path | None) -> tuple[np.ndarray, np.ndarray]:
     if cache is not None and cache.exists():
         with np.load(cache) as stored:
             return stored["pictures"], stored["edges"]
