@@ -23,7 +23,8 @@ def exact_warp(features_x: Tensor, features_y: Tensor, exemplar: Tensor, tempera
     queries, keys, values = (_rows(t.float()) for t in (features_x, features_y, exemplar))
     # Fused attention kernels want values as wide as the keys.
     padded = F.pad(values, (0, max(keys.shape[-1] - values.shape[-1], 0)))
-    warped = F.scaled_dot_product_attention(queries, keys, padded, scale=1 / temperature)[..., : values.shape[-1]]
+    with torch.autocast(queries.device.type, enabled=False):  # tau = 0.01 magnifies every rounding a hundredfold
+        warped = F.scaled_dot_product_attention(queries, keys, padded, scale=1 / temperature)[..., : values.shape[-1]]
     return warped.squeeze(1).transpose(1, 2).unflatten(2, features_x.shape[-2:])
 
 
@@ -37,7 +38,8 @@ def exact_top_k(features_x: Tensor, features_y: Tensor, candidates: int) -> Matc
     queries, keys = features_x.float().flatten(2).transpose(1, 2), features_y.float().flatten(2)
     kept = min(candidates, keys.shape[-1])
     step = max(1, CHUNK // (batch * keys.shape[-1]))
-    best = [torch.topk(part @ keys, kept, dim=-1) for part in queries.split(step, dim=1)]
+    with torch.autocast(keys.device.type, enabled=False):
+        best = [torch.topk(part @ keys, kept, dim=-1) for part in queries.split(step, dim=1)]
     scores = torch.cat([b.values for b in best], 1).transpose(1, 2).unflatten(2, (height, width))
     indices = torch.cat([b.indices for b in best], 1).transpose(1, 2).unflatten(2, (height, width))
     columns = features_y.shape[-1]

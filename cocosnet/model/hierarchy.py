@@ -15,7 +15,7 @@ from cocosnet.config import MatchingConfig
 from cocosnet.model.convgru import Refinement
 from cocosnet.model.exact import exact_top_k, exact_warp
 from cocosnet.model.matches import Matches
-from cocosnet.model.patchmatch import evaluate, select_engine
+from cocosnet.model.patchmatch import select_engine
 from cocosnet.model.warp import downsample, soft_warp, upsample_positions
 
 
@@ -65,7 +65,7 @@ class PatchMatchLevel(nn.Module):
     def __init__(self, config: MatchingConfig, refinement: Refinement | None):
         super().__init__()
         self.iterations, self.temperature = config.iterations, config.temperature
-        self.propagate = select_engine(config.backend) if config.propagation else evaluate
+        self.backend, self.propagation = config.backend, config.propagation
         self.refinement = refinement
 
     def forward(self, coarse: Matches, features_x: Tensor, features_y: Tensor, exemplar: Tensor) -> Level:
@@ -81,12 +81,14 @@ class PatchMatchLevel(nn.Module):
 
     def iterate(self, state: Tensor | None, positions: Tensor, features_x: Tensor, features_y: Tensor) -> tuple[Tensor | None, Matches]:
         """One iteration. Returns the GRU's state and the scored H_{t+1}."""
+        engine = select_engine(self.backend, features_x)
         with torch.no_grad():
-            proposed = self.propagate(positions, features_x.detach(), features_y.detach())
+            search = engine.propagate if self.propagation else engine.evaluate
+            proposed = search(positions, features_x.detach(), features_y.detach())
         if self.refinement is None:
-            return None, evaluate(proposed.positions, features_x, features_y)
+            return None, engine.evaluate(proposed.positions, features_x, features_y)
         state, step = self.refinement(state, proposed.detach(), features_x, features_y)
-        return state, evaluate(proposed.positions + step, features_x, features_y)
+        return state, engine.evaluate(proposed.positions + step, features_x, features_y)
 
 
 class Hierarchy(nn.Module):
@@ -104,13 +106,8 @@ class Hierarchy(nn.Module):
         for index, (project, x, y) in enumerate(zip(self.projections, features_x, features_y)):
             x, y = project(x), project(y)
             picture = downsample(exemplar, 2 ** (len(self.projections) - 1 - index))
-            with torch.autocast(x.device.type, enabled=False):
-                level = self.coarse(x, y, picture) if index == 0 else self._fine(index, levels[-1].matches, x, y, picture)
-            levels.append(level)
+            levels.append(self.fine[index - 1](levels[-1].matches, x, y, picture) if index else self.coarse(x, y, picture))
         return levels
-
-    def _fine(self, index: int, coarse: Matches, x: Tensor, y: Tensor, picture: Tensor) -> Level:
-        return self.fine[index - 1](coarse, x, y, picture)
 
 
 def _fine_levels(count: int, config: MatchingConfig) -> list[PatchMatchLevel]:

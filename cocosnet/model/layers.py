@@ -11,20 +11,20 @@ LEAK = 0.2  # slope of every LeakyReLU (release)
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, *, stride: int = 1, bias: bool = True, spectral: bool = False) -> nn.Module:
-    """A convolution that keeps the size (at stride 1), borders reflected as in the release; optionally spectrally normalised."""
-    mode = "reflect" if kernel > 1 else "zeros"
-    layer = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=bias, padding_mode=mode)
+    """A convolution that keeps the size (at stride 1), borders padded with zeros; optionally spectrally normalised."""
+    layer = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=bias)
     nn.init.xavier_uniform_(layer.weight)
     if bias:
         nn.init.zeros_(layer.bias)
     return spectral_norm(layer) if spectral else layer
 
 
-def positional_norm(x_BCHW: Tensor, eps: float = 1e-5) -> Tensor:
-    """Subtract the mean and divide by the standard deviation over the channels of each position (mu_hw, sigma_hw of Eq. 9)."""
-    mean = x_BCHW.mean(1, keepdim=True)
-    variance = (x_BCHW - mean).square().mean(1, keepdim=True)
-    return (x_BCHW - mean) * torch.rsqrt(variance + eps)
+def positional_norm(x_BCHW: Tensor) -> Tensor:
+    """Subtract the mean and divide by the standard deviation over the channels of each position (mu_hw, sigma_hw of Eq. 9).
+
+    A layer norm over channels, which lie together in the channels-last layout.
+    """
+    return F.layer_norm(x_BCHW.permute(0, 2, 3, 1), x_BCHW.shape[1:2]).permute(0, 3, 1, 2)
 
 
 class Spade(nn.Module):
@@ -78,8 +78,11 @@ class ResidualBlock(nn.Module):
 
 
 def instance_norm(x_BCHW: Tensor) -> Tensor:
-    """Normalise each channel of each picture over its pixels; a map of one pixel passes unchanged (it has no spread)."""
-    return F.instance_norm(x_BCHW) if x_BCHW.shape[-2] * x_BCHW.shape[-1] > 1 else x_BCHW
+    """Normalise each channel of each picture over its pixels; a map of one pixel passes unchanged (it has no spread).
+
+    Said as a group norm of one channel a group, whose kernel keeps the channels-last layout where instance_norm copies.
+    """
+    return F.group_norm(x_BCHW, x_BCHW.shape[1]) if x_BCHW.shape[-2] * x_BCHW.shape[-1] > 1 else x_BCHW
 
 
 def resize_guide(guide: Tensor, size: torch.Size) -> Tensor:

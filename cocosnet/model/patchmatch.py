@@ -11,14 +11,20 @@ Shapes: B batch, C channels, K candidates, h w the condition's map, H W the exem
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from cocosnet.errors import MissingDependency
 from cocosnet.model.matches import Matches
 from cocosnet.model.warp import clamp_positions, sample
 
+logger = logging.getLogger(__name__)
 AXES = (-1, -2)  # horizontal first, then vertical
 CHUNK = 2**25  # sampled feature values held at once: 128 MiB of float32
 
@@ -30,6 +36,7 @@ def propagate(positions: Tensor, features_x: Tensor, features_y: Tensor) -> Matc
     positions B,K,2,h,w (clamped here); features_x B,C,h,w and features_y B,C,H,W of unit length, float32.
     Returns the K best distinct candidates of every pixel, best first.
     """
+    positions = clamp_positions(positions, *features_y.shape[-2:])
     for axis in AXES:
         matches = best_distinct(neighbour_candidates(positions, axis), features_x, features_y, positions.shape[1])
         positions = matches.positions
@@ -52,12 +59,15 @@ def neighbour_candidates(positions: Tensor, axis: int) -> Tensor:
 
 @torch.no_grad()
 def best_distinct(candidates: Tensor, features_x: Tensor, features_y: Tensor, count: int) -> Matches:
-    """Score candidates (B,N,2,h,w) and keep the `count` best that lie in distinct pixels of the exemplar, best first."""
+    """Score candidates (B,N,2,h,w) and keep the `count` best that lie in distinct pixels of the exemplar, best first.
+
+    Empty slots repeat the best match's position.
+    """
     candidates = clamp_positions(candidates, *features_y.shape[-2:])
     scores = drop_duplicates(candidates, cosine(features_x, features_y, candidates))
     best, order = torch.topk(scores, count, dim=1)
     kept = torch.gather(candidates, 1, order.unsqueeze(2).expand(-1, -1, 2, -1, -1))
-    return Matches(kept, best)
+    return Matches(torch.where(best.unsqueeze(2) == -torch.inf, kept[:, :1], kept), best)
 
 
 def drop_duplicates(positions: Tensor, scores: Tensor) -> Tensor:
@@ -87,7 +97,7 @@ def cosine(features_x: Tensor, features_y: Tensor, positions: Tensor) -> Tensor:
     """
     batch, channels, height, width = features_x.shape
     group = max(1, CHUNK // (batch * channels * height * width))
-    return torch.cat([torch.einsum("bchw,bckhw->bkhw", features_x, sample(features_y, part))
+    return torch.cat([(features_x.unsqueeze(2) * sample(features_y, part)).sum(1)
                       for part in positions.split(group, dim=1)], dim=1)
 
 
@@ -100,14 +110,42 @@ def evaluate(positions: Tensor, features_x: Tensor, features_y: Tensor) -> Match
     return Matches(positions, drop_duplicates(positions, cosine(features_x, features_y, positions)))
 
 
-Engine = Callable[[Tensor, Tensor, Tensor], Matches]
+
+@dataclass(frozen=True)
+class Engine:
+    """A way to compute the two operations; every engine has the signatures and results of this file's functions."""
+
+    name: str
+    propagate: Callable[[Tensor, Tensor, Tensor], Matches]
+    evaluate: Callable[[Tensor, Tensor, Tensor], Matches]
 
 
-def select_engine(backend: str) -> Engine:
-    """The propagation engine of a name: reference (this file) or compiled (CPU); auto takes the quickest for the tensors.
+REFERENCE = Engine("reference", propagate, evaluate)
 
-    All engines have `propagate`'s signature and agree with it. Raises MissingDependency where `compiled` lacks numba.
+
+def select_engine(backend: str, features: Tensor) -> Engine:
+    """The engine for features of this device and type: `reference`, `compiled` (CPU, float32, numba), or `auto`.
+
+    `auto` takes the quickest that can handle the features, the reference where no other can.
+
+    Raises:
+        MissingDependency: `compiled` is asked for by name and cannot run here.
     """
-    if backend == "reference":
-        return propagate
-    return propagate
+    usable = features.device.type == "cpu" and features.dtype == torch.float32
+    if backend == "reference" or (backend == "auto" and not (usable and _has_numba())):
+        return REFERENCE
+    if not (usable and _has_numba()):
+        raise MissingDependency("model.matching.backend=compiled needs a CPU, float32 features and numba: "
+                                "pip install numba, or set model.matching.backend=auto")
+    from cocosnet.model import compiled
+
+    return Engine("compiled", compiled.propagate, compiled.evaluate)
+
+
+@functools.cache
+def _has_numba() -> bool:
+    """Whether the compiler is there; said once in the log where it is not, since the reference is much slower."""
+    if importlib.util.find_spec("numba") is None:
+        logger.warning("numba is not installed: matching runs on its slow reference engine; pip install numba")
+        return False
+    return True

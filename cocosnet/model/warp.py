@@ -31,7 +31,7 @@ def clamp_positions(positions_BK2hw: Tensor, height: int, width: int) -> Tensor:
 def sample(map_BCHW: Tensor, positions_BK2hw: Tensor) -> Tensor:
     """Read a map bilinearly at fractional positions, the border repeated outside.
 
-    Differentiable in both arguments. Returns B,C,K,h,w in the map's dtype.
+    Differentiable in both arguments. Returns B,C,K,h,w in the map's dtype, which should hold positions well: float32.
     """
     batch, candidates, _, height, width = positions_BK2hw.shape
     span = positions_BK2hw.new_tensor([max(size - 1, 1) for size in map_BCHW.shape[-2:]]).view(1, 1, 2, 1, 1)
@@ -47,7 +47,7 @@ def soft_warp(exemplar_BCHW: Tensor, positions_BK2hw: Tensor, scores_BKhw: Tenso
     A score of -inf marks an empty slot and weighs nothing. Returns B,C,h,w float32, differentiable in all inputs.
     """
     weights = torch.softmax(scores_BKhw / temperature, dim=1)
-    return torch.einsum("bckhw,bkhw->bchw", sample(exemplar_BCHW, positions_BK2hw), weights)
+    return (sample(exemplar_BCHW, positions_BK2hw) * weights.unsqueeze(1)).sum(2)
 
 
 def upsample_positions(positions_BK2hw: Tensor, height: int, width: int) -> Tensor:
