@@ -294,6 +294,7 @@ def _check(config: Config) -> None:
              f"model.encoder.widths must have at least levels={encoder.levels} entries, has {len(encoder.widths)}")
     _require(len(translator.blocks) == len(translator.widths),
              "model.translator.blocks and model.translator.widths must be of the same length")
+    _require(config.distortion.tps_grid >= 2, "distortion.tps_grid must be at least 2")
     _require(config.data.task != "mask" or config.data.classes > 0, "data.classes must be set for task mask")
     for name, value in _positive_values(config):
         _require(value > 0, f"{name} must be positive, is {value}")

@@ -59,8 +59,8 @@ def _walk(folder: Path, excluded: str | None) -> Iterator[Path]:
 def load_rgb(path: str | Path, shorter: int | None = None) -> Image.Image:
     """The picture as mode RGB, turned upright by its EXIF tag.
 
-    CMYK, palettes, 16-bit and float grey become 8-bit RGB; transparency is laid over white; an animation gives its first
-    frame.
+    CMYK, palettes, 16-bit and float grey become 8-bit RGB; transparency is laid over white; an animation gives its
+    first frame.
 
     Args:
         shorter: shorter side in px that the caller will resize to; a bigger JPEG is then decoded at a fraction of its

@@ -64,7 +64,7 @@ def make_pairs(photos: Sequence[Path], hed: HED, seed: int) -> tuple[np.ndarray,
 
 
 def _random_crop(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Half the crops are of the picture at 256 px, half at up to 384; a quarter was 128 px before, as small files are."""
+    """Half the crops are of the picture at 256 px, half at up to 384; a quarter was 128 px before."""
     if rng.random() < 0.25:
         image = resize_shorter(image, CROP // 2)
     image = resize_shorter(image, CROP if rng.random() < 0.5 else int(rng.integers(CROP, CROP * 3 // 2 + 1)))
