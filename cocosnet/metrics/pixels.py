@@ -1,0 +1,106 @@
+"""Metrics of one picture against its own ground truth: L1, PSNR and SSIM, each a mean over pairs.
+
+All are computed in float64 on uint8 RGB, as scikit-image does, and equal its values.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cocosnet.metrics.base import Metric
+
+SSIM_SIGMA = 1.5  # px, standard deviation of the window (Wang et al. 2004)
+SSIM_RADIUS = 5  # px, the window is cut at 3.5 sigma: 11x11
+SSIM_C1 = (0.01 * 255) ** 2  # constants of Wang et al. 2004 for a data range of 255
+SSIM_C2 = (0.03 * 255) ** 2
+
+
+class PairMean(Metric):
+    """A metric whose value is the mean of one number a pair."""
+
+    def __init__(self, device: str | torch.device = "cpu", seed: int = 0) -> None:
+        super().__init__(device, seed)
+        self._values: list[float] = []
+
+    def _add(self, *pictures: Tensor) -> None:
+        output, target = (picture.double() for picture in pictures)
+        self._values.extend(self._per_pair(output, target).tolist())
+
+    @abstractmethod
+    def _per_pair(self, output_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:
+        """One number a pair, B, of float64 pictures in 0..255."""
+
+    def _result(self) -> dict[str, Any]:
+        return {"value": _mean(self._values)}
+
+
+class L1(PairMean):
+    """Mean absolute difference in [0,1]: 0 identical, 1 black against white."""
+
+    name = "l1"
+    protocol = "l1: mean over pairs of the mean |output - target| over pixels and channels, uint8 RGB divided by 255"
+
+    def _per_pair(self, output_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:
+        return (output_B3HW - target_B3HW).abs().mean(dim=(1, 2, 3)) / 255
+
+
+class PSNR(PairMean):
+    """Peak signal-to-noise ratio in dB.
+
+    It is infinite for identical pictures: such pairs are left out of the mean and counted as "identical"; the value is
+    None where all are.
+    """
+
+    name = "psnr"
+    protocol = ("psnr: mean over pairs, in dB, of 10 log10(255^2 / MSE), MSE over pixels and channels of uint8 RGB; "
+                "identical pairs (infinite) are left out and counted")
+
+    def _per_pair(self, output_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:
+        return 10 * torch.log10(255**2 / (output_B3HW - target_B3HW).square().mean(dim=(1, 2, 3)))
+
+    def _result(self) -> dict[str, Any]:
+        finite = [value for value in self._values if value != float("inf")]
+        return {"value": _mean(finite) if finite else None, "identical": len(self._values) - len(finite)}
+
+
+class SSIM(PairMean):
+    """Structural similarity (Wang et al. 2004) in [-1,1], 1 for identical pictures."""
+
+    name = "ssim"
+    protocol = ("ssim: mean over pairs, RGB channels and pixels whose whole window is inside; 11x11 Gaussian window, "
+                "sigma 1.5, population covariance, data range 255, K1 0.01, K2 0.03, uint8 RGB "
+                "(scikit-image with gaussian_weights)")
+    smallest = 2 * SSIM_RADIUS + 1
+
+    def _per_pair(self, output_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:
+        return ssim_map(output_B3HW, target_B3HW).mean(dim=(1, 2, 3))
+
+
+def ssim_map(first_B3HW: Tensor, second_B3HW: Tensor) -> Tensor:
+    """SSIM at every pixel whose window lies inside: B,3,H-10,W-10 of two B,3,H,W float64 tensors in 0..255."""
+    mean_x, mean_y = _window_mean(first_B3HW), _window_mean(second_B3HW)
+    variance_x = _window_mean(first_B3HW * first_B3HW) - mean_x**2
+    variance_y = _window_mean(second_B3HW * second_B3HW) - mean_y**2
+    covariance = _window_mean(first_B3HW * second_B3HW) - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + SSIM_C1) / (mean_x**2 + mean_y**2 + SSIM_C1)
+    return luminance * (2 * covariance + SSIM_C2) / (variance_x + variance_y + SSIM_C2)
+
+
+def _window_mean(image_B3HW: Tensor) -> Tensor:
+    """Gaussian mean over each window inside the picture, one axis after the other."""
+    offsets = torch.arange(-SSIM_RADIUS, SSIM_RADIUS + 1, dtype=torch.float64, device=image_B3HW.device)
+    weights = torch.exp(-0.5 * (offsets / SSIM_SIGMA) ** 2)
+    weights = weights / weights.sum()
+    flat = image_B3HW.flatten(0, 1).unsqueeze(1)
+    means = F.conv2d(F.conv2d(flat, weights.view(1, 1, -1, 1)), weights.view(1, 1, 1, -1))
+    return means.squeeze(1).unflatten(0, image_B3HW.shape[:2])
+
+
+def _mean(values: list[float]) -> float:
+    """Mean that does not depend on the order of the values (they are summed smallest first)."""
+    return sum(sorted(values)) / len(values)

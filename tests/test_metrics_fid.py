@@ -1,0 +1,173 @@
+"""FID: the distance against closed forms and SciPy's matrix square root, the network against pytorch-fid itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from PIL import Image
+
+from cocosnet import weights
+from cocosnet.errors import CheckpointError, MissingWeights
+from cocosnet.metrics import get_metric
+from cocosnet.metrics.fid import BATCH, FEATURES, FeatureStream, GaussianFit, frechet_distance
+
+torch.set_num_threads(1)
+
+
+def fit(features: np.ndarray, chunk: int = 7) -> GaussianFit:
+    """Fit of N,D features, fed in small pieces."""
+    gaussian = GaussianFit(features.shape[1])
+    for start in range(0, len(features), chunk):
+        gaussian.add(torch.from_numpy(features[start : start + chunk]))
+    return gaussian
+
+
+def reference_distance(first: np.ndarray, second: np.ndarray) -> float:
+    """The textbook formula with SciPy's matrix square root in float64."""
+    covariances = [np.cov(features, rowvar=False) for features in (first, second)]
+    root = np.real(scipy.linalg.sqrtm(covariances[0] @ covariances[1]))
+    gap = first.mean(axis=0) - second.mean(axis=0)
+    return float(gap @ gap + np.trace(covariances[0] + covariances[1] - 2 * root))
+
+
+@pytest.mark.parametrize("counts", [(200, 300), (13, 100), (100, 31)])
+def test_distance_equals_scipy(counts):
+    random = np.random.default_rng(0)
+    mix = random.normal(size=(30, 30))
+    first, second = random.normal(size=(counts[0], 30)), random.normal(size=(counts[1], 30)) @ mix * 0.3 + 0.5
+    assert frechet_distance(fit(first), fit(second)) == pytest.approx(reference_distance(first, second), rel=1e-6)
+
+
+def test_fewer_pictures_than_features_against_the_trace_of_the_small_product():
+    """tr (S1 S2)^(1/2) by the eigenvalues of the N,N matrix A B^T B A^T; SciPy's root of a singular matrix wavers."""
+    random = np.random.default_rng(1)
+    first, second = random.normal(size=(12, 60)), random.normal(size=(9, 60)) * 2 + 1
+    a, b = ((x - x.mean(axis=0)) / np.sqrt(len(x) - 1) for x in (first, second))
+    roots = np.sqrt(np.clip(np.linalg.eigvalsh(a @ b.T @ b @ a.T), 0, None)).sum()
+    gap = first.mean(axis=0) - second.mean(axis=0)
+    expected = gap @ gap + (a**2).sum() + (b**2).sum() - 2 * roots
+    assert frechet_distance(fit(first), fit(second)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_closed_form_of_scaled_and_shifted_sets():
+    """The same features times s and moved by v: |v + (s-1) m|^2 + (s-1)^2 tr S, whatever the count."""
+    for count in (10, 500):
+        features = np.random.default_rng(2).normal(size=(count, 20))
+        shift = np.linspace(-1, 1, 20)
+        gap = shift + 2 * features.mean(axis=0)
+        expected = gap @ gap + 4 * np.cov(features, rowvar=False).trace()
+        assert frechet_distance(fit(features), fit(3 * features + shift)) == pytest.approx(expected, rel=1e-9)
+        assert frechet_distance(fit(features), fit(features)) == pytest.approx(0, abs=1e-9)
+
+
+def test_sampled_gaussians_approach_the_closed_form():
+    """N(0, I) against N(m, diag(d)): |m|^2 + sum (1 - sqrt d)^2."""
+    random = np.random.default_rng(3)
+    mean, deviation = np.linspace(0, 1, 8), np.linspace(0.5, 2, 8)
+    first, second = random.normal(size=(20_000, 8)), random.normal(size=(20_000, 8)) * deviation + mean
+    expected = (mean**2).sum() + ((1 - deviation) ** 2).sum()
+    assert frechet_distance(fit(first, 1000), fit(second, 1000)) == pytest.approx(expected, rel=0.03)
+
+
+def test_streaming_equals_all_at_once_in_any_order():
+    features = np.random.default_rng(4).normal(loc=100, size=(57, 16))  # a large mean would show cancellation
+    for rows in (features, features[::-1].copy()):
+        gaussian = fit(rows, chunk=5)
+        assert gaussian.count == 57
+        np.testing.assert_allclose(gaussian.mean(), features.mean(axis=0), rtol=1e-12)
+        factor = gaussian.factor().numpy()
+        np.testing.assert_allclose(factor.T @ factor, np.cov(features, rowvar=False), atol=1e-12)
+        assert len(gaussian._rows) == 0 and factor.shape == (16, 16)
+
+
+def test_feature_stream_loses_nothing_between_batches():
+    stream = FeatureStream(lambda inputs: inputs.flatten(1).repeat(1, FEATURES // 4))
+    inputs = torch.from_numpy(np.random.default_rng(5).normal(size=(2 * BATCH + 3, 1, 2, 2)))
+    for piece in inputs.split(5):
+        stream.add(piece)
+    gaussian = stream.statistics()
+    assert gaussian.count == len(inputs)
+    torch.testing.assert_close(gaussian.mean()[:4], inputs.flatten(1).mean(dim=0))
+
+
+@pytest.fixture(scope="module")
+def random_inception(tmp_path_factory):
+    """A TORCH_HOME that holds random weights under pytorch-fid's file name; their scale keeps the features alive."""
+    from cocosnet.metrics.fid import _build_inception
+
+    home = tmp_path_factory.mktemp("torch-home")
+    path = home / "hub/checkpoints" / weights.REGISTRY["fid-inception"].filename
+    path.parent.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    network = _build_inception()
+    for parameter in network.parameters():
+        fan = parameter[0].numel() if parameter.ndim > 1 else 1
+        values = torch.randn(parameter.shape, generator=generator) * (2 / fan) ** 0.5
+        parameter.data = values if parameter.ndim > 1 else values.abs() + 0.5
+    torch.save(network.state_dict(), path)
+    return home
+
+
+@pytest.fixture
+def inception_home(random_inception, monkeypatch):
+    """Random weights that the registry takes for the real ones."""
+    entry = weights.REGISTRY["fid-inception"]
+    content = (random_inception / "hub/checkpoints" / entry.filename).read_bytes()
+    monkeypatch.setitem(weights.REGISTRY, "fid-inception",
+                        dataclasses.replace(entry, sha256=hashlib.sha256(content).hexdigest()))
+    monkeypatch.setenv("TORCH_HOME", str(random_inception))
+    monkeypatch.delenv("COCOSCTL_WEIGHTS_DIR", raising=False)
+    monkeypatch.setenv("COCOSCTL_OFFLINE", "1")
+    return random_inception
+
+
+def test_network_and_statistics_equal_pytorch_fid(inception_home, tmp_path):
+    from pytorch_fid import fid_score, inception
+
+    random = np.random.default_rng(6)
+    files = []
+    for index, size in enumerate([(64, 64)] * 3 + [(300, 310)]):
+        coarse = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(tmp_path / f"{index}.png")
+        files.append(str(tmp_path / f"{index}.png"))
+    reference = inception.InceptionV3([3]).eval()
+    mean, covariance = fid_score.calculate_activation_statistics(files, reference, 1, FEATURES, num_workers=0)
+    metric = get_metric("fid")
+    for name in files:
+        picture = torch.from_numpy(np.array(Image.open(name))).permute(2, 0, 1)[None]
+        metric.update(picture, picture)
+    gaussian = metric._sides[0].statistics()
+    scale = np.abs(mean).mean()
+    assert scale > 1e-3
+    np.testing.assert_allclose(gaussian.mean(), mean, rtol=1e-4, atol=1e-4 * scale)
+    factor = gaussian.factor().numpy()
+    np.testing.assert_allclose(factor.T @ factor, covariance, atol=1e-4 * covariance.diagonal().mean())
+    result = metric.compute()
+    assert result["value"] == pytest.approx(0, abs=1e-6 * scale**2) and result["count"] == 4
+    assert "biased" in result["note"]
+
+
+def test_one_picture_has_no_value(inception_home):
+    metric = get_metric("fid")
+    metric.update(*[torch.zeros(1, 3, 32, 32, dtype=torch.uint8)] * 2)
+    assert metric.compute()["value"] is None
+
+
+def test_missing_and_wrong_weights_are_named(tmp_path, monkeypatch):
+    entry = weights.REGISTRY["fid-inception"]
+    monkeypatch.setenv("COCOSCTL_WEIGHTS_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "none"))
+    monkeypatch.setenv("COCOSCTL_OFFLINE", "1")
+    with pytest.raises(MissingWeights, match=entry.filename):
+        get_metric("fid")
+    torch.save({"fc.weight": torch.zeros(3)}, tmp_path / entry.filename)
+    content = (tmp_path / entry.filename).read_bytes()
+    monkeypatch.setitem(weights.REGISTRY, "fid-inception",
+                        dataclasses.replace(entry, sha256=hashlib.sha256(content).hexdigest()))
+    with pytest.raises(CheckpointError, match="not pytorch-fid's Inception weights"):
+        get_metric("fid")
