@@ -1,0 +1,29 @@
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# Small networks gain nothing from more threads, and tests start processes of their own.
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: install demo test lint docs clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/cocosctl translate -m demo --weights demo --raw -o demo-out --report demo-out/index.html
+
+test: install
+	$(BIN)/python -m pytest -q
+
+lint: install
+	$(BIN)/ruff check cocosctl cocosnet tests
+
+docs: install
+	$(BIN)/python docs/make_cli.py > docs/cli.md
+
+clean:
+	rm -rf demo-out build dist *.egg-info .pytest_cache .ruff_cache

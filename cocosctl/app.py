@@ -1,0 +1,94 @@
+"""The root command, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Annotated, NoReturn
+
+import typer
+
+from cocosctl.exits import ExitCode, exit_code_of
+from cocosctl.output import abandon_stdout, prepare_streams, say
+from cocosctl.registry import LazyGroup
+from cocosnet.errors import CocosError
+
+EPILOG = ("Data goes to stdout, everything else to stderr. Exit codes: "
+          + "; ".join(f"{code:d} {code.meaning}" for code in ExitCode) + ". COCOSCTL_DEBUG=1 shows tracebacks.")
+
+app = typer.Typer(cls=LazyGroup, add_completion=False, rich_markup_mode=None, epilog=EPILOG,
+                  context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+
+
+def main() -> NoReturn:
+    """Run the command line of this process and exit with its code."""
+    prepare_streams()
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit code.
+
+    A user's mistake is one line on stderr, with the traceback before it where COCOSCTL_DEBUG=1. An exception that is no
+    mistake of the user's is a defect and is raised.
+    """
+    try:
+        code = _invoke(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        abandon_stdout()
+        return ExitCode.READER_GONE
+    except KeyboardInterrupt:
+        say("interrupted")
+        return ExitCode.INTERRUPTED
+    except CocosError as error:
+        _debug()
+        say(f"error: {error}")
+        return exit_code_of(error)
+
+
+def _invoke(arguments: list[str]) -> int:
+    """Parse and run; Typer's own exceptions become codes here."""
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("cocosctl", list(arguments)) as context:
+            command.invoke(context)
+    except typer.Exit as stop:
+        return stop.exit_code
+    except typer.TyperException as error:
+        _debug()
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "cocosctl"
+        message = " ".join(error.format_message().split()).rstrip(".")
+        say(f"error: {message} (see `{path} --help`)")
+        return error.exit_code
+    return ExitCode.OK
+
+
+def _debug() -> None:
+    """Show the traceback of the error at hand where it is asked for."""
+    if os.environ.get("COCOSCTL_DEBUG", "0") not in ("", "0"):
+        traceback.print_exc()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from cocosnet import __version__
+
+        typer.echo(f"cocosctl {__version__}")
+        raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Translate a condition (edges, a label map) into a picture in the look of an exemplar, with CoCosNet v2."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(ExitCode.USAGE)

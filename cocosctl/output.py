@@ -1,0 +1,104 @@
+"""The one place that decides what goes where: data to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from cocosnet.data.records import Record, write_record
+
+
+class Output:
+    """What a command says. With `as_json` data is JSON, one object a line; otherwise it is text, one path a line."""
+
+    def __init__(self, as_json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+        self.as_json, self.quiet, self.verbose = as_json, quiet, verbose and not quiet
+
+    def record(self, record: Record, role: str = "output") -> None:
+        """Send one record on: as JSON, or as the path of its `role`. A failed one is also told on stderr."""
+        if record.failed:
+            self.error(f"{record.id}: {record.error}")
+        if self.as_json:
+            write_record(sys.stdout, record)
+        elif not record.failed:
+            _print_flushed(getattr(record, role) or "")
+
+    def result(self, values: dict[str, Any]) -> None:
+        """Print one object: as JSON, or as a line `name value` for each entry."""
+        if self.as_json:
+            _print_flushed(json.dumps(values))
+            return
+        width = max((len(name) for name in values), default=0)
+        for name, value in values.items():
+            _print_flushed(f"{name:<{width}}  {_readable(value)}")
+
+    def row(self, values: dict[str, Any], text: str) -> None:
+        """Print one row of a list: the object as JSON, or `text`."""
+        _print_flushed(json.dumps(values) if self.as_json else text)
+
+    def note(self, text: str) -> None:
+        """Say something of interest, unless quiet."""
+        if not self.quiet:
+            say(text)
+
+    def detail(self, text: str) -> None:
+        """Say something that only --verbose asks for."""
+        if self.verbose:
+            say(text)
+
+    def error(self, text: str) -> None:
+        """Say what went wrong, always."""
+        say(f"error: {text}")
+
+    @contextlib.contextmanager
+    def progress(self, task: str, total: int | None) -> Iterator[Callable[[], None]]:
+        """Yield a function to call after each item; draws a bar where stderr is a terminal, and nothing elsewhere."""
+        if self.quiet or not sys.stderr.isatty():
+            yield lambda: None
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn(task), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        console = Console(stderr=True)
+        with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=True) as bar:
+            item = bar.add_task(task, total=total)
+            yield lambda: bar.advance(item)
+
+
+def say(text: str) -> None:
+    """Write one line to stderr; control characters of odd file names are shown, not obeyed."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
+    with contextlib.suppress(BrokenPipeError):
+        sys.stderr.write(f"cocosctl: {line}\n")
+        sys.stderr.flush()
+
+
+def prepare_streams() -> None:
+    """Make the standard streams UTF-8 whatever the locale, and let file names that are not UTF-8 pass through."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+
+
+def abandon_stdout() -> None:
+    """After the reader of stdout has gone: send what is still buffered nowhere, so that Python's exit stays silent."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+
+
+def _print_flushed(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _readable(value: Any) -> str:
+    """A number shortly, anything nested as JSON."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if isinstance(value, str) else json.dumps(value)

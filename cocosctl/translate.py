@@ -1,0 +1,66 @@
+"""`cocosctl translate`: condition + exemplar -> picture, for two files or for a stream of records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from cocosctl import options
+from cocosctl.jobs import Step, check_form, finish, open_records, planned, run_many, run_pair
+from cocosctl.output import Output
+from cocosnet.data.records import Record
+
+
+def translate(
+    weights: options.Model,
+    output: Annotated[
+        Path, Option("--output", "-o", metavar="OUT", show_default=False, help="The picture; with --manifest a folder.")
+    ],
+    condition: options.Condition = None,
+    exemplar: options.Exemplar = None,
+    manifest: options.Manifest = None,
+    raw: options.Raw = False,
+    size: options.Size = None,
+    report: Annotated[Path | None, Option("--report", metavar="FILE", help="Also write an HTML page.")] = None,
+    device: options.Device = "auto",
+    limit: options.Limit = None,
+    overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Render a condition in the look of an exemplar.
+
+    Two files give one picture of the condition's proportions; --manifest gives one picture a record, OUT/ID.png.
+    """
+    check_form(condition, exemplar, manifest)
+    out = Output(as_json, quiet, verbose)
+    step = planned if dry_run else _translation(weights, device, raw, size, overwrite)
+    if manifest is None:
+        done = [run_pair(condition, exemplar, output, step, out)]
+    else:
+        done = run_many(open_records(manifest, limit), output, step, out)
+    if report is not None and not dry_run:
+        _report(report, done, weights)
+        out.note(f"report: {report}")
+    finish(done, out)
+
+
+def _translation(weights: str, device: str, raw: bool, size: int | None, overwrite: bool) -> Step:
+    from cocosnet.inference import Translator
+
+    translator = Translator(weights, device=device, raw=raw, size=size)
+
+    def step(record: Record, path: Path) -> Record:
+        return translator.translate(record, path, overwrite=overwrite)
+
+    return step
+
+
+def _report(path: Path, done: list[Record], weights: str) -> None:
+    from cocosnet.viz.report import write_report
+
+    write_report(path, done, title=f"cocosctl translate, weights {weights}")

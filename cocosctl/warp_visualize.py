@@ -1,0 +1,49 @@
+"""`cocosctl warp-visualize`: what was matched with what, level by level, as one picture a pair."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from cocosctl import options
+from cocosctl.jobs import Step, check_form, finish, open_records, planned, run_many, run_pair
+from cocosctl.output import Output
+
+
+def warp_visualize(
+    weights: options.Model,
+    output: Annotated[
+        Path, Option("--output", "-o", metavar="OUT", show_default=False, help="The picture; with --manifest a folder.")
+    ],
+    condition: options.Condition = None,
+    exemplar: options.Exemplar = None,
+    manifest: options.Manifest = None,
+    raw: options.Raw = False,
+    size: options.Size = None,
+    device: options.Device = "auto",
+    limit: options.Limit = None,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Draw every level's warp, flow, score and match lines.
+
+    Two files give one picture; --manifest gives one picture a record, OUT/ID.png.
+    """
+    check_form(condition, exemplar, manifest)
+    out = Output(as_json, quiet, verbose)
+    step = planned if dry_run else _visualization(weights, device, raw, size)
+    if manifest is None:
+        done = [run_pair(condition, exemplar, output, step, out)]
+    else:
+        done = run_many(open_records(manifest, limit), output, step, out)
+    finish(done, out)
+
+
+def _visualization(weights: str, device: str, raw: bool, size: int | None) -> Step:
+    from cocosnet.inference import Translator
+
+    return Translator(weights, device=device, raw=raw, size=size).visualize
