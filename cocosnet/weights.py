@@ -74,9 +74,14 @@ def search_folders() -> list[Path]:
     return ([Path(own).expanduser()] if own else []) + [_torch_home() / "hub" / "checkpoints"]
 
 
+def locate_weights(name: str) -> Path | None:
+    """Where the file of `name` lies on this machine, None if nowhere. Opens neither a socket nor the file."""
+    return _locate(weight_file(name))
+
+
 def has_weights(name: str) -> bool:
     """Whether the file of `name` is on this machine. Opens neither a socket nor the file."""
-    return _locate(weight_file(name)) is not None
+    return locate_weights(name) is not None
 
 
 def find_weights(name: str) -> Path:
