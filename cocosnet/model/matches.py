@@ -19,6 +19,10 @@ class Matches:
     positions: Tensor
     scores: Tensor
 
+    def cpu(self) -> Matches:
+        """The same matches in the CPU's memory."""
+        return Matches(self.positions.cpu(), self.scores.cpu())
+
     def detach(self) -> Matches:
         """The same matches, cut off from the gradient."""
         return Matches(self.positions.detach(), self.scores.detach())

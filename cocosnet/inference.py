@@ -1,0 +1,217 @@
+"""From files to files: what `translate` and `warp-visualize` do with one record.
+
+A condition and an exemplar are read, brought to the working size, put through the network, and the picture is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageStat, PngImagePlugin
+from torch import Tensor
+
+from cocosnet.checkpoint import find_checkpoint, load_model
+from cocosnet.config import DataConfig
+from cocosnet.data.conditions import condition_filter, condition_to_tensor, load_condition_image
+from cocosnet.data.extractors import Extractor, get_extractor
+from cocosnet.data.images import load_rgb, resize_shorter, save_image, shown, to_image, to_tensor
+from cocosnet.data.records import Record
+from cocosnet.errors import DataError
+from cocosnet.files import atomic_path
+from cocosnet.model.cocosnet import CoCosNet, Output
+
+STAMP_KEY = "cocosctl.stamp"  # text chunk of a written PNG: what it was made of
+COLOURED = 12.0  # mean saturation (0..255) above which a picture is a photograph, not a grey edge map
+MIN_SIDE = 8  # px; below it a picture has nothing to match
+
+
+@dataclass
+class Pair:
+    """One pair as the network sees it: tensors with a batch of 1, and how the condition came about."""
+
+    condition: Tensor
+    exemplar: Tensor
+    exemplar_condition: Tensor | None
+    source: dict[str, Any]
+
+
+class Translator:
+    """Translates records with one checkpoint.
+
+    Args:
+        weights: a shipped name, a .safetensors file or a run folder.
+        device: auto, cpu, cuda or cuda:N.
+        raw: conditions are photographs; extract them on the way. For edge models a coloured picture is always taken as a
+            photograph, since an edge map is grey.
+        size: px, shorter side of the output; by default the model's own, or the condition's where that is smaller.
+        keep_parts: also write each output's condition and full-resolution warp beside it (OUT/parts/ID.*.png), and name them
+            in the record as condition_image and warp; nothing is skipped then.
+
+    Raises:
+        MissingWeights, CheckpointError, MissingDependency: as `load_model`.
+    """
+
+    def __init__(self, weights: str | Path, device: str = "auto", raw: bool = False, size: int | None = None,
+                 keep_parts: bool = False):
+        self.model: CoCosNet = load_model(weights, device)
+        self.checkpoint, self.raw, self.size, self.keep_parts = find_checkpoint(weights), raw, size, keep_parts
+        self.device = next(self.model.parameters()).device
+
+    @property
+    def data(self) -> DataConfig:
+        """How the model's pictures become tensors."""
+        return self.model.config.data
+
+    @cached_property
+    def extractor(self) -> Extractor:
+        """The edge extractor that the model was trained with."""
+        return get_extractor(self.data.edges, self.device)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the checkpoint's bytes: part of what an output is made of."""
+        return hashlib.sha256(self.checkpoint.read_bytes()).hexdigest()
+
+    def translate(self, record: Record, output: Path, overwrite: bool = False) -> Record:
+        """Render one record to `output`; skipped where the file is there and was made of the same inputs.
+
+        Raises:
+            DataError: an input cannot be read, or the output cannot be written.
+        """
+        start, stamp = time.perf_counter(), self._stamp(record)
+        if not overwrite and _stamp_of(output) == stamp and not self.keep_parts:
+            return dataclasses.replace(record, output=str(output), status="skipped", error=None)
+        pair, result = self._run(record)
+        _save(to_image(result.image[0]), output, stamp)
+        extra = {**record.extra, "condition_source": record.extra.get("condition_source", pair.source)}
+        if self.keep_parts:
+            extra |= self._save_parts(pair, result, output)
+        seconds = round(time.perf_counter() - start, 3)
+        return dataclasses.replace(record, output=str(output), status="ok", error=None, seconds=seconds, extra=extra)
+
+    def visualize(self, record: Record, output: Path) -> Record:
+        """Draw every level's warp, flow, score and match lines of one record to `output`. Raises as `translate`."""
+        from cocosnet.viz.panels import warp_panel
+
+        start = time.perf_counter()
+        pair, result = self._run(record)
+        panel = warp_panel(pair.condition[0].cpu(), pair.exemplar[0].cpu(), result.image[0].cpu(),
+                           [warp[0].cpu() for warp in result.warps], [matches.cpu() for matches in result.matches])
+        save_image(panel, output)
+        seconds = round(time.perf_counter() - start, 3)
+        return dataclasses.replace(record, output=str(output), status="ok", error=None, seconds=seconds)
+
+    def load_pair(self, record: Record) -> Pair:
+        """Read a record's files at the working size. Raises DataError naming the file at fault."""
+        if record.condition is None or record.exemplar is None:
+            raise DataError(f"record {record.id!r}: needs a condition and an exemplar")
+        condition, source = self._condition(record.condition, self.raw)
+        photo = self._sized(load_rgb(record.exemplar, self._side), record.exemplar)
+        exemplar_condition = self._exemplar_condition(record, photo) if self.model.config.model.encoder.exemplar_condition else None
+        return Pair(condition, to_tensor(photo)[None], exemplar_condition, source)
+
+    @property
+    def _side(self) -> int:
+        return self.size or self.data.size
+
+    @torch.inference_mode()
+    def _run(self, record: Record) -> tuple[Pair, Output]:
+        pair = self.load_pair(record)
+        place = {"device": self.device, "memory_format": torch.channels_last}
+        other = None if pair.exemplar_condition is None else pair.exemplar_condition.to(**place)
+        return pair, self.model(pair.condition.to(**place), pair.exemplar.to(**place), other)
+
+    def _condition(self, path: str, raw: bool) -> tuple[Tensor, dict[str, Any]]:
+        """The condition tensor 1,C,H,W of a file, and how it came about."""
+        if self.data.task == "edge" and (raw or _is_coloured(path, self._side)):
+            photo = load_rgb(path, self._side)
+            edges = self.extractor(photo, min(self._side, *photo.size) if self.size is None else self.size)
+            return condition_to_tensor(_large_enough(edges, path), self.data)[None], self.extractor.provenance
+        if raw:
+            raise DataError(f"{shown(path)}: --raw extracts edges only; give task {self.data.task} its condition file")
+        image = self._sized(load_condition_image(path, self.data), path, condition_filter(self.data))
+        return condition_to_tensor(image, self.data)[None], {"network": "file"}
+
+    def _exemplar_condition(self, record: Record, photo: Image.Image) -> Tensor:
+        """The exemplar's own condition, from its file or, for edges, extracted."""
+        if record.exemplar_condition is not None:
+            image = load_condition_image(record.exemplar_condition, self.data)
+            return condition_to_tensor(image.resize(photo.size, condition_filter(self.data)), self.data)[None]
+        if self.data.task != "edge":
+            raise DataError(f"record {record.id!r}: this model needs an exemplar_condition of task {self.data.task}")
+        return condition_to_tensor(self.extractor(photo), self.data)[None]
+
+    def _sized(self, image: Image.Image, path: str, resample: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
+        """At the working size: never enlarged unless a size was asked for."""
+        side = self.size or min(self.data.size, *image.size)
+        return _large_enough(resize_shorter(image, side, resample), path)
+
+    def _save_parts(self, pair: Pair, result: Output, output: Path) -> dict[str, str]:
+        from cocosnet.viz.panels import condition_image
+
+        parts = {"condition_image": condition_image(pair.condition[0]), "warp": to_image(result.warps[-1][0])}
+        for name, image in parts.items():
+            save_image(image, _part(output, name))
+        return {name: str(_part(output, name)) for name in parts}
+
+    def _stamp(self, record: Record) -> str:
+        """A digest of all that the output depends on: inputs by size and time, checkpoint, options."""
+        files = [_state(path) for path in (record.condition, record.exemplar, record.exemplar_condition)]
+        text = json.dumps([files, self.fingerprint, self.raw, self.size])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _state(path: str | None) -> list[Any] | None:
+    """A file's name, size and time; a missing file is left for the reader to complain about."""
+    if path is None:
+        return None
+    try:
+        status = Path(path).stat()
+    except (OSError, ValueError):
+        return [path]
+    return [str(Path(path).absolute()), status.st_size, status.st_mtime_ns]
+
+
+def _stamp_of(path: Path) -> str | None:
+    """The stamp inside an output that is there and whole, else None. Formats without text chunks have none."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get(STAMP_KEY)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+def _save(image: Image.Image, path: Path, stamp: str) -> None:
+    if path.suffix.lower() != ".png":
+        save_image(image, path)
+        return
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text(STAMP_KEY, stamp)
+    with atomic_path(path) as temporary:
+        image.save(temporary, pnginfo=texts)
+
+
+def _part(output: Path, name: str) -> Path:
+    """Where a part of an output lies: OUT/parts/ID.NAME.png."""
+    return output.parent / "parts" / f"{output.stem}.{name}.png"
+
+
+def _is_coloured(path: str, side: int) -> bool:
+    """Whether a picture has colour; an edge map has none."""
+    small = load_rgb(path, side).resize((64, 64))
+    return ImageStat.Stat(small.convert("HSV").getchannel("S")).mean[0] > COLOURED
+
+
+def _large_enough(image: Image.Image, path: str) -> Image.Image:
+    if min(image.size) < MIN_SIDE:
+        raise DataError(f"{shown(path)}: {image.width}x{image.height} px is too small to match; use at least {MIN_SIDE} px a side")
+    return image
+
