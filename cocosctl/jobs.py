@@ -43,11 +43,11 @@ def check_form(condition: Path | None, exemplar: Path | None, manifest: str | No
     if manifest is not None and condition is not None:
         raise typer.BadParameter("give two files or --manifest, not both", param_hint="CONDITION")
     if manifest is None and (condition is None or exemplar is None):
-        raise typer.BadParameter("give two files, CONDITION and EXEMPLAR, or --manifest", param_hint="CONDITION EXEMPLAR")
+        raise typer.BadParameter("give two files, CONDITION and EXEMPLAR, or --manifest", param_hint="CONDITION")
 
 
 def run_pair(condition: Path, exemplar: Path, output: Path, step: Step, out: Output) -> Record:
-    """Handle one pair of files and print what became of it; raises what is wrong."""
+    """Handle one pair of files and print what became of it; what is wrong is raised."""
     record = step(Record(id=output.stem or "pair", condition=str(condition), exemplar=str(exemplar)), output)
     out.record(record)
     return record

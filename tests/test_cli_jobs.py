@@ -1,0 +1,54 @@
+"""Names of outputs, and the loop over records: nothing escapes, nothing is lost, nothing stops the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cocosctl.jobs import name_outputs, run_many, safe_name
+from cocosctl.output import Output
+from cocosnet.data.records import Record
+from cocosnet.errors import DataError
+
+ANY_TEXT = st.text(min_size=1, max_size=300) | st.text(alphabet="./\\~ab\0\n", min_size=1)
+
+
+@given(ANY_TEXT)
+def test_any_id_names_a_file_in_the_folder(identifier):
+    path = Path("out") / f"{safe_name(identifier)}.png"
+    assert path.parent == Path("out") and path.name.isprintable() and "/" not in path.name
+    assert len(path.name.encode()) < 150 and not path.name.startswith(".")
+
+
+@given(st.lists(ANY_TEXT, min_size=2, unique=True))
+def test_different_ids_have_different_names(identifiers):
+    assert len({safe_name(identifier) for identifier in identifiers}) == len(identifiers)
+
+
+def test_plain_ids_stay_as_they_are():
+    for identifier in ("0001", "a-b_c.d", "Ärger", "写真"):
+        assert safe_name(identifier) == identifier
+    assert safe_name("../../etc/passwd").startswith("_.._etc_passwd-")
+
+
+def test_an_id_that_comes_twice_is_an_error_not_a_lost_output():
+    (first, _), (second, _) = name_outputs([Record("a"), Record("a")], Path("out"))
+    assert not first.failed and second.failed and "came before" in second.error
+
+
+def test_a_failed_record_does_not_stop_the_others(capsys):
+    def step(record: Record, path: Path) -> Record:
+        if record.id == "bad":
+            raise DataError("bad.png: not a picture\nat all")
+        return Record(record.id, output=str(path))
+
+    before = Record("before", status="error", error="failed earlier", extra={"kept": 1})
+    done = run_many([Record("a"), Record("bad"), before, Record("b")], Path("out"), step, Output())
+    assert [record.status for record in done] == ["ok", "error", "error", "ok"]
+    assert done[2].extra == {"kept": 1} and done[2].error == "failed earlier"
+    shown = capsys.readouterr()
+    assert shown.out == "out/a.png\nout/b.png\n"
+    assert shown.err.splitlines() == ["cocosctl: error: bad: bad.png: not a picture\\nat all",
+                                      "cocosctl: error: before: failed earlier"]

@@ -1,0 +1,76 @@
+"""Commands that other packages add: found by name, imported on use, and harmless when broken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cli_tools import lines, run
+
+
+def install(folder: Path, package: str, entry_points: str, modules: dict[str, str]) -> Path:
+    """Lay a distribution into `folder` as an installer would."""
+    metadata = folder / f"{package}-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\nSummary: What {package} does.\n")
+    (metadata / "entry_points.txt").write_text(f"[cocosctl.plugins]\n{entry_points}\n")
+    for module, source in modules.items():
+        (folder / f"{module}.py").write_text(source)
+    return folder
+
+
+@pytest.fixture
+def site(tmp_path):
+    """One good package with a function and an app, and one that cannot be imported."""
+    install(tmp_path, "greeter", "greet = greeter:greet\ngreets = greeter:app\nprepare = greeter:greet", {"greeter": '''
+import sys, typer
+print("greeter is imported", file=sys.stderr)
+app = typer.Typer()
+@app.command()
+def hello(): print("hello")
+@app.command()
+def bye(): print("bye")
+def greet(name: str, loud: bool = False):
+    """Greet somebody."""
+    print(name.upper() if loud else name)
+'''})
+    install(tmp_path, "broken", "crash = broken:main\nabsent = broken_too:main\nnothing = greeter:nothing",
+            {"broken": "raise RuntimeError('out of order')"})
+    return str(tmp_path)
+
+
+def test_root_help_lists_them_without_importing(site):
+    done = run("--help", PYTHONPATH=site)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "greet " in done.stdout and "What greeter does." in done.stdout and "crash" in done.stdout
+
+
+def test_a_function_is_a_command(site):
+    done = run("greet", "ann", "--loud", PYTHONPATH=site)
+    assert (done.returncode, done.stdout) == (0, "ANN\n")
+    assert "Greet somebody." in run("greet", "--help", PYTHONPATH=site).stdout
+
+
+def test_an_app_is_a_group(site):
+    assert run("greets", "bye", PYTHONPATH=site).stdout == "bye\n"
+
+
+@pytest.mark.parametrize("name, reason", [("crash", "out of order"), ("absent", "broken_too"), ("nothing", "nothing")])
+def test_a_broken_one_costs_only_itself(site, name, reason):
+    done = run(name, PYTHONPATH=site)
+    assert (done.returncode, done.stdout) == (5, "")
+    said = [line for line in done.stderr.splitlines() if line != "greeter is imported"]
+    assert len(said) == 1 and "broken" in said[0] and reason in said[0]
+    assert run("config", "list", PYTHONPATH=site).returncode == 0
+
+
+def test_a_built_in_command_cannot_be_replaced(site):
+    assert "Turn a folder of pictures" in run("prepare", "--help", PYTHONPATH=site).stdout
+
+
+def test_plugins_list_says_what_is_there(site):
+    rows = {row["name"]: row for row in lines(run("plugins", "list", "--json", "--check", PYTHONPATH=site).stdout)
+            if row["package"] in ("greeter", "broken")}
+    assert rows["greet"]["state"] == "loads" and "out of order" in rows["crash"]["state"]
+    assert rows["prepare"]["state"].startswith("hidden")
+    assert "did you mean 'greet'" in run("greeet", PYTHONPATH=site).stderr

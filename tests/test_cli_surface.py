@@ -1,0 +1,145 @@
+"""The surface of the command line: small, frozen, documented, and quick to show."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+
+import pytest
+import typer
+from cli_tools import ROOT, clean_environment, run
+
+import cocosnet
+from cocosctl.registry import ALIASES, COMMANDS, load_command
+
+SURFACE = ROOT / "tests" / "cli_surface.txt"
+
+
+def test_surface_is_frozen():
+    """Every command and flag is listed in cli_surface.txt; a change there is a decision, not an accident."""
+    assert "\n".join(describe()) + "\n" == SURFACE.read_text()
+
+
+def describe() -> list[str]:
+    found = [f"{alias} = {name}" for alias, name in ALIASES.items()]
+    for command in COMMANDS:
+        found += _lines(command.name, load_command(command))
+    return sorted(found)
+
+
+def _lines(path: str, command) -> list[str]:
+    if hasattr(command, "commands"):
+        return [line for name, child in command.commands.items() for line in _lines(f"{path} {name}", child)]
+    options = sorted("/".join(sorted(p.opts)) if p.opts[0].startswith("-") else p.name.upper() for p in command.params)
+    return [f"{path}: {' '.join(options)}"]
+
+
+def test_help_page_is_up_to_date():
+    """docs/cli.md holds what the commands say; `make docs` writes it."""
+    made = subprocess.run([sys.executable, ROOT / "docs" / "make_cli.py"], capture_output=True, text=True, check=True,
+                          env=clean_environment(), cwd=ROOT).stdout
+    if made != (ROOT / "docs" / "cli.md").read_text() and version("typer").split(".")[:2] != ["0", "29"]:
+        pytest.skip("docs/cli.md was made with Typer 0.29, which lays help out in its own way")
+    assert made == (ROOT / "docs" / "cli.md").read_text(), "run `make docs`"
+
+
+def test_help_is_quick_and_imports_no_torch():
+    """Best of five, because other processes share the machine."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert run("--help").returncode == 0
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.3
+
+    report = "import sys; sys.argv[1:] = ['--help']\nfrom cocosctl.app import run\nrun(['--help'])\n" \
+             "print(sorted({m.partition('.')[0] for m in sys.modules} & {'torch', 'numpy', 'PIL', 'rich'}))"
+    shown = subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, env=clean_environment(), check=True)
+    assert shown.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("command", ["prepare", "train", "translate", "warp-visualize", "eval", "weights list", "doctor"])
+def test_help_of_a_command_imports_no_torch(command):
+    code = f"import sys\nfrom cocosctl.app import run\nrun({command.split()} + ['--help'])\nprint('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean_environment(), check=True)
+    assert shown.stdout.splitlines()[-1] == "False"
+
+
+def test_version():
+    assert run("--version").stdout == f"cocosctl {cocosnet.__version__}\n"
+
+
+@pytest.mark.parametrize("alias, name", ALIASES.items())
+def test_aliases_are_the_same_command(alias, name):
+    usage, rest = run(alias, "--help").stdout.split("\n", 1)
+    assert usage.startswith(f"Usage: cocosctl {alias}") and rest == run(name, "--help").stdout.split("\n", 1)[1]
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["trnslate"], "did you mean 'translate'?"),
+    (["prepare"], "Missing argument 'SOURCE'"),
+    (["prepare", "x", "-o", "y", "--task", "mosk"], "'mosk'"),
+    (["prepare", "x", "-o", "y", "--nope"], "No such option: --nope"),
+    (["translate", "a.png", "-o", "o.png", "-w", "demo"], "CONDITION and EXEMPLAR"),
+    (["translate", "a.png", "b.png", "-m", "-", "-o", "o", "-w", "demo"], "not both"),
+    (["eval", "--metrics", "psnr"], "--outputs and --targets"),
+    (["eval", "--metrics", "psnr", "-m", "-", "--outputs", "x"], "not both"),
+    (["config"], "Missing command"),
+    (["--nope"], "No such option: --nope"),
+    (["translate", "a", "b", "-o", "c", "-w", "demo", "--limit", "none"], "valid integer"),
+])
+def test_a_wrong_command_line_is_one_line_and_exit_2(arguments, said):
+    done = run(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1 and said in done.stderr and "--help" in done.stderr
+
+
+def test_no_command_shows_the_help_on_stderr():
+    done = run()
+    assert (done.returncode, done.stdout) == (2, "") and "Commands:" in done.stderr
+
+
+def test_debug_shows_the_traceback_and_keeps_the_code():
+    plain, shown = run("config", "show", "nope"), run("config", "show", "nope", COCOSCTL_DEBUG="1")
+    assert plain.returncode == shown.returncode == 3
+    assert "Traceback" not in plain.stderr and "Traceback" in shown.stderr
+    assert shown.stderr.splitlines()[-1] == plain.stderr.splitlines()[-1]
+
+
+def test_typer_is_the_whole_dependency():
+    """Typer carries its own Click; a stray `import click` would work here and fail on a user's machine."""
+    assert not any("import click" in path.read_text() for path in (ROOT / "cocosctl").glob("*.py"))
+    assert issubclass(typer.BadParameter, typer.TyperException)
+
+
+def test_config_commands(tmp_path):
+    names = run("config", "list").stdout.split()
+    assert names
+    shown = run("config", "show", names[0])
+    (tmp_path / "mine.yaml").write_text(shown.stdout)
+    assert run("config", "validate", tmp_path / "mine.yaml").returncode == 0
+    assert run("config", "diff", names[0], tmp_path / "mine.yaml").stdout == ""
+    changed = run("config", "show", names[0], "--set", "train.batch=7", "--json")
+    assert json.loads(changed.stdout)["train"]["batch"] == 7
+    (tmp_path / "mine.yaml").write_text("train: {batch: 7, bach: 3}\n")
+    wrong = run("config", "validate", tmp_path / "mine.yaml")
+    assert wrong.returncode == 3 and "did you mean 'batch'" in wrong.stderr and wrong.stdout == ""
+    (tmp_path / "mine.yaml").write_text("train: {batch: 7}\n")
+    rows = run("config", "diff", names[0], tmp_path / "mine.yaml", "--json").stdout.splitlines()
+    assert {"key", "a", "b"} == set(json.loads(rows[0]))
+
+
+def test_weights_list_says_what_is_where(tmp_path):
+    (tmp_path / "network-bsds500.pytorch").write_bytes(b"x")
+    rows = [json.loads(line) for line in run("weights", "list", "--json", COCOSCTL_WEIGHTS_DIR=str(tmp_path)).stdout.splitlines()]
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["hed"]["path"] == str(tmp_path / "network-bsds500.pytorch")
+    assert {"url", "sha256", "licence", "size"} <= set(by_name["vgg19"])
+
+
+def test_doctor_is_one_object():
+    report = json.loads(run("doctor", "--json").stdout)
+    assert report["torch"] and report["bf16_speedup"] > 0 and "weights.hed" in report
