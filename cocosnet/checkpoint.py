@@ -35,12 +35,17 @@ def load_model(weights: str | Path, device: str = "auto") -> CoCosNet:
     """
     target = resolve_device(device)
     path = find_checkpoint(weights)
-    config, tensors = read_checkpoint(path)
-    model = CoCosNet(config)
-    _check_fit(path, model.state_dict(), tensors)
-    model.load_state_dict(tensors)
+    model = CoCosNet(read_checkpoint(path)[0])
+    load_tensors(model, path)
     model = model.to(target, memory_format=torch.channels_last)
     return model.eval().requires_grad_(False)
+
+
+def load_tensors(model: CoCosNet, path: Path) -> None:
+    """Fill a model from a checkpoint, whose every tensor must fit. Raises CheckpointError listing what does not."""
+    tensors = read_checkpoint(path)[1]
+    _check_fit(path, model.state_dict(), tensors)
+    model.load_state_dict(tensors)
 
 
 def save_model(path: str | Path, model: CoCosNet, metadata: dict[str, str] | None = None, *, compact: bool = False) -> None:
@@ -110,7 +115,8 @@ def resolve_device(device: str) -> torch.device:
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.detach().cpu().contiguous().to(dtype if tensor.is_floating_point() else tensor.dtype)
+    tensor = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+    return tensor.clone(memory_format=torch.contiguous_format)  # levels share a refinement; a file must not share memory
 
 
 def _check_fit(path: Path, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:

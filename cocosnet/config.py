@@ -136,6 +136,7 @@ class TrainConfig:
     """How the networks learn (Section 4)."""
 
     images: int = 1_000_000  # length of the run, counted in images
+    init: str = ""  # checkpoint to start the model from (a file or a shipped name), e.g. one trained at a smaller size
     batch: int = 16  # images a step, over all processes
     lr_g: float = 1e-4  # Adam, generator, encoders, matcher and mapping (paper)
     lr_d: float = 4e-4  # Adam, discriminator (paper: TTUR)
@@ -143,6 +144,7 @@ class TrainConfig:
     beta2: float = 0.999  # paper (release: 0.9)
     ema_images: int = 10_000  # half-life of the averaged weights, in images (ours)
     real_exemplars: float = 0.3  # probability of another picture as exemplar instead of a pseudo exemplar
+    draw_exemplars: bool = True  # that picture is any of the set, drawn anew; off: the one that the manifest names
     adv_start: int = 0  # images before the adversarial loss sets in
     precision: str = "auto"  # convolutions: fp32, bf16, or auto (bf16 where the device is quick at it)
     workers: int = 2  # processes that load data

@@ -23,8 +23,15 @@ def feature_loss(output: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> 
 
     The target is x_B itself: the pseudo exemplar brought into line with x_A (see docs/deviations.md).
     """
-    return sum(weight * (output[name].float() - target[name].float()).abs().flatten(1).mean(1)
-               for name, weight in FEATURE_WEIGHTS.items())
+    return sum(weight * mean_difference(output[name], target[name]) for name, weight in FEATURE_WEIGHTS.items())
+
+
+def mean_difference(a: Tensor, b: Tensor) -> Tensor:
+    """Mean absolute difference of each sample: two B,C,h,w of one type, float32 or bfloat16, to B, summed in float32.
+
+    Of bfloat16 features only the difference is rounded to bfloat16, never its sign, which is all that the gradient has.
+    """
+    return torch.linalg.vector_norm(a - b, ord=1, dim=(1, 2, 3), dtype=torch.float32) / a[0].numel()
 
 
 def contextual_loss(output: Mapping[str, Tensor], exemplar: Mapping[str, Tensor]) -> Tensor:

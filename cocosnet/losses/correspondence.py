@@ -27,7 +27,7 @@ def _level(warps: Sequence[Tensor], target: Tensor, decay: float) -> Tensor:
     """One level's value for each sample: B."""
     small = shrink(target, warps[-1].shape[-2:])
     weights = [decay ** (len(warps) - 1 - t) for t in range(len(warps))]
-    errors = [(warp.float() - small).abs().flatten(1).mean(1) for warp in warps]
+    errors = [(warp.float() - small).abs().mean((1, 2, 3)) for warp in warps]
     return sum(weight * error for weight, error in zip(weights, errors)) / sum(weights)
 
 

@@ -18,7 +18,7 @@ from cocosnet.weights import find_weights
 class VggShape:
     """Convolutions and channels of each block, and how a picture in [-1, 1] enters: x * scale + shift, a number a channel.
 
-    A layer's output is divided by its unit (1 where none is given), so that losses weigh alike whatever the network.
+    A layer's output is counted in its unit (1 where none is given), so that losses weigh alike whatever the network.
     """
 
     counts: tuple[int, ...]
@@ -75,7 +75,7 @@ class Vgg(nn.Module):
                 x = F.max_pool2d(x, 2) if name.endswith("_1") and name != "conv1_1" else x
                 x = F.relu(layer(x))
                 if (relu := name.replace("conv", "relu")) in wanted:
-                    found[relu] = x / self.shape.units.get(relu, 1.0)
+                    found[relu] = x
                 if len(found) == len(wanted):
                     return found
         raise KeyError(f"no layer is called {', '.join(sorted(wanted - set(found)))}")
@@ -114,6 +114,19 @@ def load_vgg(network: Vgg, path: Path) -> None:
         network.convs.load_state_dict({key: value.float() for key, value in state.items()})
     except RuntimeError as error:
         raise CheckpointError(f"{path}: not the weights of this VGG: {' '.join(str(error).split())[:300]}") from error
+    _fold_units(network)
+
+
+@torch.no_grad()
+def _fold_units(network: Vgg) -> None:
+    """Divide every layer's output by its unit. Rectifiers and max pooling let a positive factor through, so the weights can
+    carry it and nothing is computed for it later."""
+    before = 1.0
+    for name, conv in network.convs.items():
+        unit = network.shape.units.get(name.replace("conv", "relu"), 1.0)
+        conv.weight.mul_(before / unit)
+        conv.bias.div_(unit)
+        before = unit
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -1,4 +1,7 @@
-"""What a step learns from. A batch is a function of (seed, step) alone, so a run can be resumed anywhere, bit for bit."""
+"""What a step learns from.
+
+A batch is a function of (seed, step) alone, so a run can be stopped and resumed anywhere, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cocosnet.config import Config
+from cocosnet.data.dataset import PairDataset
 from cocosnet.data.distortion import distort
 from cocosnet.errors import DataError
 
@@ -45,9 +49,9 @@ def _place(value: Tensor, device: torch.device) -> Tensor:
 
 
 class StepBatches(Dataset):
-    """Batches by the number of the step. `pairs` gives dicts of condition, image, exemplar, exemplar_condition and id."""
+    """Batches by the number of the step, made of prepared pairs."""
 
-    def __init__(self, pairs: Sequence[Mapping[str, Any]], config: Config):
+    def __init__(self, pairs: PairDataset, config: Config):
         self.pairs, self.config = pairs, config
         if len(pairs) == 0:
             raise DataError("there is no pair to train on; prepare more pictures or lower data.val_fraction")
@@ -59,7 +63,7 @@ class StepBatches(Dataset):
         return stack([self._sample(index, generator) for index in self.order(step * size, size)])
 
     def order(self, start: int, count: int) -> list[int]:
-        """Indices of `count` pictures from the run's `start`-th on: every epoch goes through all in an order of its own."""
+        """Indices of `count` pictures from the run's `start`-th on. Every epoch takes all, in an order of its own."""
         return [int(self._epoch(position // len(self.pairs))[position % len(self.pairs)])
                 for position in range(start, start + count)]
 
@@ -67,13 +71,24 @@ class StepBatches(Dataset):
         return torch.randperm(len(self.pairs), generator=step_generator(self.config.train.seed, _ORDER, epoch))
 
     def _sample(self, index: int, generator: torch.Generator) -> Batch:
-        item = self.pairs[index]
         real = bool(torch.rand((), generator=generator) < self.config.train.real_exemplars)
+        drawn = real and self.config.train.draw_exemplars
+        item = self._with_another(index, generator) if drawn else self.pairs[index]
         return make_sample(item, self.config, pseudo=not real, generator=generator)
+
+    def _with_another(self, index: int, generator: torch.Generator) -> Mapping[str, Any]:
+        """The pair with an exemplar drawn anew from all others: a run sees many more pairs than the folder lists."""
+        if len(self.pairs) < 2:
+            return self.pairs[index]
+        step = int(torch.randint(1, len(self.pairs), (), generator=generator))
+        return self.pairs.with_exemplar(index, (index + step) % len(self.pairs))
 
 
 def make_sample(item: Mapping[str, Any], config: Config, *, pseudo: bool, generator: torch.Generator) -> Batch:
-    """A batch of one. A pair without an exemplar of its own gets a pseudo exemplar: x_B distorted, its condition likewise."""
+    """A batch of one. `item`: a pair of `PairDataset`; one that is alone in its set gets a pseudo exemplar.
+
+    A pseudo exemplar is x_B distorted, and its condition likewise. Raises DataError for a picture smaller than data.size.
+    """
     channels = item["condition"].shape[0]
     own = _crop(torch.cat([item["condition"], item["image"]]), config.data.size, item["id"], generator)
     if pseudo or item.get("exemplar") is None:
@@ -101,7 +116,7 @@ def _crop(picture: Tensor, size: int, name: str, generator: torch.Generator) -> 
     """A square of side `size` somewhere in C,H,W."""
     height, width = picture.shape[-2:]
     if min(height, width) < size:
-        raise DataError(f"{name}: {width}x{height} is smaller than data.size={size}; prepare the data at this size or more")
+        raise DataError(f"{name}: {width}x{height} is smaller than data.size={size}; prepare the data at that size")
     top = int(torch.randint(height - size + 1, (), generator=generator))
     left = int(torch.randint(width - size + 1, (), generator=generator))
     return picture[:, top : top + size, left : left + size]

@@ -28,8 +28,10 @@ class Ema:
 
     @torch.no_grad()
     def settled(self) -> nn.Module:
-        """A copy of the averaged network that is ready for use: its spectral norms are estimated for its own weights, where
-        `network` still has the estimates of the weights at the start. The same weights always give the same copy."""
+        """A copy of the averaged network that is ready for use; the same weights always give the same copy.
+
+        Its spectral norms are estimated for its own weights, where `network` still has the estimates of the start.
+        """
         network = copy.deepcopy(self.network)
         for module in network.modules():
             if parametrize.is_parametrized(module, "weight"):

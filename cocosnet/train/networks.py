@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from cocosnet.checkpoint import find_checkpoint, load_tensors
 from cocosnet.config import Config
 from cocosnet.losses.perceptual import Vgg, load_perceptual
 from cocosnet.model.cocosnet import CoCosNet
@@ -39,7 +40,7 @@ class Networks:
 
 
 def build_networks(config: Config, device: torch.device, precision: torch.dtype) -> Networks:
-    """Fresh networks on `device`; the same config and seed give the same numbers, and the global generator is left alone.
+    """Fresh networks on `device`. The same config and seed give the same numbers; the global generator is left alone.
 
     Raises:
         MissingWeights, CheckpointError: the perceptual network's weights are not here, or damaged.
@@ -48,11 +49,23 @@ def build_networks(config: Config, device: torch.device, precision: torch.dtype)
     perceptual = None if name == "none" else load_perceptual(name, device, precision)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        model = CoCosNet(config)
+        model = initial_model(config)
         mapping = Mapping(config.model.encoder.out_widths)
         discriminator = Discriminator(config.data.condition_channels, config.model.discriminator)
     model, mapping, discriminator = (_placed(network, device) for network in (model, mapping, discriminator))
     return Networks(model, mapping, discriminator, perceptual, precision)
+
+
+def initial_model(config: Config) -> CoCosNet:
+    """A fresh model, or one with the weights of `train.init`, which must have the same shapes.
+
+    Raises:
+        MissingWeights, CheckpointError: there is no such checkpoint, or it does not fit this config.
+    """
+    model = CoCosNet(config)
+    if config.train.init:
+        load_tensors(model, find_checkpoint(config.train.init))
+    return model
 
 
 def _placed(network: nn.Module, device: torch.device) -> nn.Module:

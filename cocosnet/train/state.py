@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,12 +31,12 @@ def prune(folder: Path, pattern: str) -> None:
 
 
 def newest_state(folder: Path, passed_over: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest state that can be read, on the CPU; None where there is none at all. `passed_over` hears of damaged ones.
+    """The newest state that can be read, on the CPU; None where there is none. `passed_over` hears of damaged ones.
 
     Raises:
         CheckpointError: there are states, but all are damaged.
     """
-    paths = sorted((path for path in folder.glob("state-*.pt") if re.fullmatch(r"state-\d+\.pt", path.name)), reverse=True)
+    paths = sorted(folder.glob("state-*.pt"), reverse=True)
     for path in paths:
         try:
             return load_state(path)

@@ -47,7 +47,7 @@ def discriminator_step(networks: Networks, optimizer: torch.optim.Optimizer, bat
     """Move D down Eq. 17. `fake` B,3,S,S is the generator's output for this batch. `parts` holds `disc`."""
     with networks.autocast():
         maps = networks.discriminator(batch.condition.repeat(2, 1, 1, 1), torch.cat([batch.image, fake.detach()]))
-    real, fakes = zip(*(scale[-1].chunk(2) for scale in maps))
+    real, fakes = zip(*(scale[-1].chunk(2) for scale in maps), strict=True)
     loss = adversarial.discriminator_loss(real, fakes)
     applied = apply_step(loss, list(networks.discriminator.parameters()), optimizer)
     return StepResult(fake, {"disc": loss.detach()}, applied)
@@ -55,13 +55,14 @@ def discriminator_step(networks: Networks, optimizer: torch.optim.Optimizer, bat
 
 def generator_losses(networks: Networks, batch: Batch, config: LossConfig, *,
                      adversarial_on: bool) -> tuple[dict[str, Tensor], Output]:
-    """The losses of Eq. 19 that concern the generator, unweighted scalars by name, and the forward pass they come from."""
+    """The generator's losses of Eq. 19, unweighted scalars by name, and the forward pass that they come from."""
     model = networks.model
     out = model(batch.condition, batch.exemplar, batch.exemplar_condition)
     parts = {
         "align": align_loss(out.features_x, model.encode_image(batch.image, batch.condition)),
         "corr": correspondence_loss(out.iteration_warps, batch.image, batch.pseudo, config.iteration_decay),
-        "map": mapping_loss(networks.mapping(out.features_x), batch.image, networks.mapping(out.features_y), batch.exemplar),
+        "map": mapping_loss(networks.mapping(out.features_x), batch.image,
+                            networks.mapping(out.features_y), batch.exemplar),
     }
     if networks.perceptual is not None:
         parts |= perceptual_losses(networks.perceptual, out.image, batch)
@@ -72,8 +73,11 @@ def generator_losses(networks: Networks, batch: Batch, config: LossConfig, *,
 
 
 def perceptual_losses(phi: nn.Module, output: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """Eq. 15-16. Each sample takes the term of Eq. 16 that fits its exemplar; both are means over the whole batch, so the
-    two `parts` shrink with the share of their samples."""
+    """Eq. 15-16, unweighted scalars by name. output B,3,S,S in [-1, 1].
+
+    Each sample takes the term of Eq. 16 that fits its exemplar; both terms are means over the whole batch, so each shrinks
+    with the share of its samples.
+    """
     real = torch.nonzero(batch.pseudo == 0).flatten()
     with torch.no_grad():
         targets = phi(torch.cat([batch.image, batch.exemplar[real]]), PERCEPTUAL_LAYERS)
@@ -89,7 +93,7 @@ def perceptual_losses(phi: nn.Module, output: Tensor, batch: Batch) -> dict[str,
 
 
 def apply_step(loss: Tensor, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> bool:
-    """Backward and one step of `optimizer`, unless the loss or the gradient's norm is not finite. Says whether it was made."""
+    """Backward and one step of `optimizer`; False, and no step, where the loss or the gradient's norm is not finite."""
     optimizer.zero_grad(set_to_none=True)
     if not torch.isfinite(loss):
         return False
@@ -102,7 +106,7 @@ def apply_step(loss: Tensor, parameters: list[nn.Parameter], optimizer: torch.op
 
 
 def warp_psnr(warp: Tensor, batch: Batch) -> Tensor:
-    """PSNR in dB (range 2) of the finest warp against x_B over the samples with a pseudo exemplar; NaN where there is none."""
-    error = (warp.detach().float().clamp(-1, 1) - batch.image).square().flatten(1).mean(1)
+    """PSNR in dB (range 2) of the finest warp against x_B over the samples with a pseudo exemplar; NaN without any."""
+    error = (warp.detach().float().clamp(-1, 1) - batch.image).square().mean((1, 2, 3))
     mean = (batch.pseudo * error).sum() / batch.pseudo.sum()
     return 10 * torch.log10(4 / mean)

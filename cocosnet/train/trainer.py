@@ -1,6 +1,7 @@
 """The training run: a folder that says all about itself, and a loop that can be stopped and resumed at any step.
 
-    RUN/config.yaml  stats.jsonl  model.safetensors  samples/IMAGES.jpg  checkpoints/state-IMAGES.pt, model-IMAGES.safetensors
+    RUN/config.yaml  stats.jsonl  model.safetensors  samples/IMAGES.jpg
+        checkpoints/state-IMAGES.pt  checkpoints/model-IMAGES.safetensors
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from cocosnet.checkpoint import save_model
+from cocosnet.checkpoint import resolve_device, save_model
 from cocosnet.config import Config, config_to_dict, config_to_yaml, load_config
 from cocosnet.data.dataset import PairDataset
 from cocosnet.data.images import save_image, to_image
@@ -40,20 +41,21 @@ _SAMPLE_STREAM = 2  # of random numbers, see batches.step_generator
 class Trainer:
     """Learns from a prepared folder into a run folder, and goes on where the run folder's newest state left off.
 
-        Trainer(config, data_folder, run_folder, torch.device("cpu")).train()
+        Trainer(config, data_folder, run_folder, device="auto").train()
 
-    on_tick is called after every step with a dict: images, of, seconds (of this process), images_per_second, and the last
-    step's losses as floats.
+    on_tick is called after every step with a dict: images, of, seconds (of this process), images_per_second, and the
+    last step's losses as floats.
 
     Raises (here or in `train`):
         ConfigError: the run folder was made with another config. DataError: the data cannot be used.
-        MissingWeights: the perceptual network's weights are not here. CheckpointError: no state can be read.
+        MissingWeights, MissingDependency: the perceptual network's weights, or the device, are not here.
+        CheckpointError: there are states in the run folder but none can be read, or one does not fit.
         Stopped: SIGINT or SIGTERM; the state was saved. CocosError: the numbers have ceased to be finite.
     """
 
-    def __init__(self, config: Config, data_folder: str | Path, run_folder: str | Path, device: str | torch.device = "cpu",
+    def __init__(self, config: Config, data_folder: str | Path, run_folder: str | Path, device: str = "auto",
                  on_tick: Callable[[dict[str, Any]], None] | None = None):
-        self.config, self.device, self.run = config, torch.device(device), Path(run_folder)
+        self.config, self.device, self.run = config, resolve_device(device), Path(run_folder)
         self.on_tick = on_tick or (lambda tick: None)
         self.batches = StepBatches(PairDataset(data_folder, config, split="train"), config)
         self.held_out = PairDataset(data_folder, config, split="val")
@@ -127,7 +129,8 @@ class Trainer:
         save_image(to_image(grid), self.run / "samples" / f"{self.images:09d}.jpg")
 
     def _adam(self, parameters: list[torch.nn.Parameter], rate: float) -> torch.optim.Optimizer:
-        return torch.optim.Adam(parameters, lr=rate, betas=(self.config.train.beta1, self.config.train.beta2), fused=True)
+        betas = (self.config.train.beta1, self.config.train.beta2)
+        return torch.optim.Adam(parameters, lr=rate, betas=betas, fused=True)
 
     def _adversarial_on(self) -> bool:
         return self.config.loss.adv > 0 and self.images >= self.config.train.adv_start
@@ -176,8 +179,8 @@ class Trainer:
             self.log.note(self.images, "step skipped: a loss or a gradient is not finite")
         if self.skipped >= SKIP_LIMIT:
             self.save()
-            raise CocosError(f"{self.run}: {SKIP_LIMIT} steps in a row were not finite; lower train.lr_g and train.lr_d, or set "
-                             "train.precision=fp32, and start again from an earlier state")
+            raise CocosError(f"{self.run}: {SKIP_LIMIT} steps in a row were not finite; start anew with lower train.lr_g and "
+                             "train.lr_d, or with train.precision=fp32")
 
     def _sample_batch(self) -> Batch:
         """The same pairs every time; every other one with a pseudo exemplar."""
@@ -202,15 +205,15 @@ class Trainer:
             self.images, self.skipped = state["images"], state["skipped"]
         except (KeyError, RuntimeError, ValueError) as error:
             text = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{self.run / 'checkpoints'}: the state does not fit these networks: {text}") from error
+            raise CheckpointError(f"{self.run}: its newest state does not fit these networks: {text}") from error
 
     def _check_same_run(self) -> None:
         path = self.run / "config.yaml"
         before, now = _flat(config_to_dict(load_config(path))), _flat(config_to_dict(self.config))
         for key in now:
             if before.get(key) != now[key] and key not in MAY_CHANGE:
-                raise ConfigError(f"{path}: this run has {key}={before.get(key)}, you ask for {now[key]}; go on with the same "
-                                  "config or choose another run folder")
+                raise ConfigError(f"{path}: this run has {key}={before.get(key)}, you ask for {now[key]}; "
+                                  "go on with the same config or choose another run folder")
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
