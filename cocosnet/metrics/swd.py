@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -123,6 +124,13 @@ def sliced_distance(first_ND: Tensor, second_ND: Tensor, generator: torch.Genera
     for _ in range(REPEATS):
         directions = torch.randn(first_ND.shape[1], DIRECTIONS, generator=generator, dtype=torch.float64)
         directions = (directions / directions.norm(dim=0, keepdim=True)).to(first_ND)
-        first, second = ((patches @ directions).sort(dim=0).values for patches in (first_ND, second_ND))
+        first, second = (_sorted(directions.T @ patches.T) for patches in (first_ND, second_ND))
         repeats.append((first - second).abs().mean(dtype=torch.float64).item())
     return sum(repeats) / REPEATS
+
+
+def _sorted(projections_RN: Tensor) -> Tensor:
+    """Each row in ascending order; on the CPU numpy's sort, which takes a third of the time of PyTorch's."""
+    if projections_RN.device.type == "cpu":
+        return torch.from_numpy(np.sort(projections_RN.numpy(), axis=1))
+    return projections_RN.sort(dim=1).values
