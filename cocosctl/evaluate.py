@@ -14,6 +14,7 @@ from cocosctl.exits import ExitCode
 from cocosctl.jobs import open_records
 from cocosctl.output import Output
 from cocosnet.data.records import Record
+from cocosnet.errors import DataError
 
 
 def evaluate(
@@ -43,6 +44,8 @@ def evaluate(
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     with out.progress("pairs", len(records) if isinstance(records, list) else None) as advance:
         result = measure(_counted(records, advance), names, str(resolve_device(device)), seed=seed or 0)
+    if not result["count"] and not result["failed"]:
+        raise DataError("there is nothing to measure: no record came in; check the command before this one in the pipe")
     out.result(result if as_json else {name: entry["value"] for name, entry in result["metrics"].items()})
     _sum_up(result, out)
 

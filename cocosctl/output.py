@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ class Output:
     def result(self, values: dict[str, Any]) -> None:
         """Print one object: as JSON, or as a line `name value` for each entry."""
         if self.as_json:
-            _print_flushed(json.dumps(values))
+            _print_flushed(_json(values))
             return
         width = max((len(name) for name in values), default=0)
         for name, value in values.items():
@@ -38,7 +39,7 @@ class Output:
 
     def row(self, values: dict[str, Any], text: str) -> None:
         """Print one row of a list: the object as JSON, or `text`."""
-        _print_flushed(json.dumps(values) if self.as_json else text)
+        _print_flushed(_json(values) if self.as_json else text)
 
     def note(self, text: str) -> None:
         """Say something of interest, unless quiet."""
@@ -101,4 +102,17 @@ def _readable(value: Any) -> str:
     """A number shortly, anything nested as JSON."""
     if isinstance(value, float):
         return f"{value:.6g}"
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else _json(value)
+
+
+def _json(value: Any) -> str:
+    """One line of JSON; numbers that JSON has no word for (NaN, infinities) become null."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -38,7 +38,7 @@ def translate(
     """
     check_form(condition, exemplar, manifest)
     out = Output(as_json, quiet, verbose)
-    step = planned if dry_run else _translation(weights, device, raw, size, overwrite)
+    step = planned if dry_run else _translation(weights, device, raw, size, overwrite, report is not None)
     if manifest is None:
         done = [run_pair(condition, exemplar, output, step, out)]
     else:
@@ -49,10 +49,12 @@ def translate(
     finish(done, out)
 
 
-def _translation(weights: str, device: str, raw: bool, size: int | None, overwrite: bool) -> Step:
+def _translation(
+    weights: str, device: str, raw: bool, size: int | None, overwrite: bool, keep_parts: bool
+) -> Step:
     from cocosnet.inference import Translator
 
-    translator = Translator(weights, device=device, raw=raw, size=size)
+    translator = Translator(weights, device=device, raw=raw, size=size, keep_parts=keep_parts)
 
     def step(record: Record, path: Path) -> Record:
         return translator.translate(record, path, overwrite=overwrite)

@@ -1,0 +1,256 @@
+"""The whole pipe on small pictures with a tiny untrained model: streams, records, exit codes, signals."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cli_tools import COCOSCTL, clean_environment, draw_pictures, lines, run
+from PIL import Image
+
+from cocosctl import app
+from cocosnet import CoCosNet, load_config
+from cocosnet.checkpoint import save_model
+
+CLI = " ".join([sys.executable, "-m", "cocosctl"])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with pictures, their ready-made edges, a prepared dataset of them, and a tiny model."""
+    folder = tmp_path_factory.mktemp("pipe")
+    draw_pictures(folder / "photos", 6)
+    (folder / "edges").mkdir()
+    for photo in (folder / "photos").glob("*.png"):
+        Image.open(photo).convert("L").point(lambda level: 255 * (level > 128)).save(folder / "edges" / photo.name)
+    torch.manual_seed(0)
+    save_model(folder / "tiny.safetensors", CoCosNet(load_config("tiny-cpu", ["data.edges=hed-small"])))
+    done = run("prepare", folder / "photos", "-o", folder / "prep", "--edges", "image", "--labels", folder / "edges",
+               "--size", 32, "--json")
+    assert done.returncode == 0, done.stderr
+    assert [record["status"] for record in lines(done.stdout)] == ["ok"] * 6
+    return folder
+
+
+@pytest.fixture
+def invoke(capfd):
+    """Run a command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = app.run([str(argument) for argument in arguments])
+        shown = capfd.readouterr()
+        assert "Traceback" not in shown.err
+        return code, shown.out, shown.err
+
+    return call
+
+
+def bash(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", "-c", "set -o pipefail; " + script], cwd=folder, capture_output=True, text=True,
+                          timeout=240, env=clean_environment())
+
+
+def test_the_pipe_ends_in_one_object(place):
+    done = bash(f"{CLI} prepare photos --task edge --edges image --labels edges --size 32 --limit 4 -o P --json"
+                f" | {CLI} translate -m - --weights tiny.safetensors -o T --json"
+                f" | {CLI} eval -m - --metrics swd,psnr,ssim,l1 --json", place)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    (result,) = lines(done.stdout)
+    assert result["count"] == 4 and result["failed"] == 0 and set(result["metrics"]) == {"swd", "psnr", "ssim", "l1"}
+    assert len(list((place / "T").glob("*.png"))) == 4
+
+
+@pytest.mark.parametrize("command", ["prepare photos --edges image --labels edges --size 32 -o Q --json",
+                                     "translate -m prep --weights tiny.safetensors -o Q2 --json", "config show tiny-cpu"])
+def test_a_reader_that_leaves_early_is_no_error(place, command):
+    """141 is what `seq` or `cat` report there; the process says nothing at all of it, not even at its end."""
+    done = bash(f"{CLI} {command} | head -n 1; exit ${{PIPESTATUS[0]}}", place)
+    assert done.returncode in (0, 141) and len(done.stdout.splitlines()) == 1
+    assert not any(word in done.stderr for word in ("Traceback", "Broken", "Exception"))
+
+
+def test_a_closed_stdout_is_found_out_at_once(place):
+    """The reader is gone before the first record."""
+    process = subprocess.Popen([*COCOSCTL, "eval", "-m", "prep", "--metrics", "psnr", "--json"], cwd=place,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environment())
+    process.stdout.close()
+    assert process.wait(timeout=120) in (4, 141) and "Traceback" not in process.stderr.read()
+
+
+def test_records_flow_one_by_one(place):
+    """The first record is out before the second is in; Ctrl-C while waiting is exit 130 and one line."""
+    records = (place / "prep" / "manifest.jsonl").read_text().splitlines()
+    process = subprocess.Popen([*COCOSCTL, "translate", "-m", "-", "-w", "../tiny.safetensors", "-o", "../flow", "--json"],
+                               cwd=place / "prep", text=True, env=clean_environment(), stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for line in records[:2]:
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+        answer = json.loads(process.stdout.readline())
+        assert answer["id"] == json.loads(line)["id"] and answer["status"] == "ok", answer
+    process.send_signal(signal.SIGINT)
+    rest, said = process.communicate(timeout=60)
+    assert (process.returncode, rest, said) == (130, "", "cocosctl: interrupted\n")
+
+
+def test_bad_records_travel_on_and_exit_is_4(place, invoke, monkeypatch):
+    good = json.loads((place / "prep" / "manifest.jsonl").read_text().splitlines()[0])
+    monkeypatch.chdir(place / "prep")
+    (place / "broken.png").write_bytes(b"")
+    records = [good | {"id": "good", "mine": [1]}, good | {"id": "no file", "exemplar": "nothing.png"},
+               good | {"id": "empty file", "condition": str(place / "broken.png")},
+               good | {"id": "earlier", "status": "error", "error": "failed before"}]
+    stream = "\n".join([*map(json.dumps, records), "not json", '{"no": "id"}', ""]) + "\n"
+    (place / "mixed.jsonl").write_text(stream)
+    done = run("translate", "-m", "-", "-w", place / "tiny.safetensors", "-o", place / "mixed", "--json", stdin=stream)
+    out = lines(done.stdout)
+    assert done.returncode == 4 and "Traceback" not in done.stderr
+    assert [record["status"] for record in out] == ["ok"] + ["error"] * 5
+    assert out[0]["mine"] == [1] and out[3]["error"] == "failed before"
+    assert "nothing.png" in out[1]["error"] and "broken.png" in out[2]["error"]
+    assert [record["id"] for record in out[4:]] == ["line-5", "line-6"]
+    measured = run("eval", "-m", "-", "--metrics", "psnr", "--json", stdin=done.stdout)
+    (result,) = lines(measured.stdout)
+    assert measured.returncode == 4 and (result["count"], result["failed"]) == (1, 5)
+
+
+def test_odd_ids_stay_inside_the_folder(place):
+    good = json.loads((place / "prep" / "manifest.jsonl").read_text().splitlines()[0])
+    for role in ("condition", "exemplar", "target", "exemplar_condition"):
+        good[role] = str(place / "prep" / good[role])
+    ids = ["../up", "/root", "new\nline", "Ünï 写真", "a/b", "..", "x" * 500]
+    stream = "".join(json.dumps(good | {"id": name}) + "\n" for name in ids)
+    done = run("translate", "-m", "-", "-w", place / "tiny.safetensors", "-o", place / "odd", "--json", stdin=stream)
+    out = lines(done.stdout)
+    assert done.returncode == 0 and [record["id"] for record in out] == ids
+    made = {Path(record["output"]) for record in out}
+    assert len(made) == len(ids) and all(path.parent == place / "odd" and path.is_file() for path in made)
+
+
+def test_a_second_run_skips_and_overwrite_does_not(place, invoke):
+    command = ("translate", "-m", place / "prep", "-w", place / "tiny.safetensors", "-o", place / "again", "--limit", 2)
+    assert invoke(*command)[0] == 0
+    code, out, err = invoke(*command)
+    assert (code, len(out.splitlines())) == (0, 2) and "2 up to date" in err
+    assert "2 done" in invoke(*command, "--overwrite")[2]
+    assert invoke(*command, "--quiet")[2] == ""
+
+
+def test_a_dry_run_writes_nothing(place, invoke):
+    code, out, _ = invoke("translate", "-m", place / "prep", "-w", "demo", "-o", place / "dry", "--dry-run")
+    assert (code, len(out.splitlines())) == (0, 6) and not (place / "dry").exists()
+    code, out, _ = invoke("prepare", place / "photos", "-o", place / "dry", "--dry-run")
+    assert (code, len(out.splitlines())) == (0, 6) and not (place / "dry").exists()
+    code, out, err = invoke("train", "tiny-cpu", "--data", place / "prep", "-o", place / "dry", "--dry-run")
+    assert code == 0 and "task: edge" in out and "parameters" in err and not (place / "dry").exists()
+
+
+@pytest.mark.parametrize("size, mode", [((400, 300), "RGB"), ((97, 131), "RGB"), ((64, 48), "P"), ((50, 40), "LA")])
+def test_two_files_give_a_picture_of_the_conditions_proportions(place, invoke, size, mode):
+    photo = place / f"{mode}{size[0]}.png"
+    Image.open(place / "photos" / "p0.png").resize(size).convert(mode).save(photo)
+    output = place / "two" / photo.name
+    code, out, err = invoke("translate", photo, place / "photos" / "p1.png", "-o", output, "-w", place / "tiny.safetensors")
+    assert (code, out) == (0, f"{output}\n"), err
+    made = Image.open(output)
+    assert made.mode == "RGB" and abs(made.width / made.height - size[0] / size[1]) < 0.05
+
+
+@pytest.mark.parametrize("condition, exemplar, weights, code, said", [
+    ("photos/p0.png", "photos/p1.png", "nowhere", 5, "nowhere"),
+    ("photos/p0.png", "photos/p1.png", "photos/p0.png", 3, "p0.png"),
+    ("photos/absent.png", "photos/p1.png", "tiny.safetensors", 3, "absent.png"),
+    ("edges/p0.png", "tiny.safetensors", "tiny.safetensors", 3, "tiny.safetensors"),
+])
+def test_what_a_user_gets_wrong_is_one_line(place, invoke, monkeypatch, condition, exemplar, weights, code, said):
+    monkeypatch.chdir(place)
+    found, out, err = invoke("translate", condition, exemplar, "-o", "never.png", "-w", weights)
+    assert (found, out, len(err.splitlines())) == (code, "", 1) and said in err
+    assert not (place / "never.png").exists()
+
+
+@pytest.mark.parametrize("arguments, code, said", [
+    (["translate", "-m", "absent.jsonl", "-o", "x", "-w", "tiny.safetensors"], 3, "absent.jsonl"),
+    (["translate", "edges/p0.png", "photos/p1.png", "-o", "x.txt", "-w", "tiny.safetensors"], 3, ".png"),
+    (["translate", "edges/p0.png", "photos/p1.png", "-o", "x.png", "-w", "tiny.safetensors", "--device", "gpu9"], 5, "gpu9"),
+    (["eval", "-m", "prep", "--metrics", "pnsr"], 3, "psnr"),
+    (["eval", "--outputs", "photos", "--targets", "absent", "--metrics", "psnr"], 3, "absent"),
+    (["prepare", "absent", "-o", "x"], 3, "absent"),
+    (["prepare", "photos", "-o", "x", "--set", "data.sise=3"], 3, "size"),
+    (["prepare", "photos", "-o", "x", "--edges", "canny"], 3, "canny"),
+    (["train", "no-preset", "--data", "prep", "-o", "x"], 3, "no-preset"),
+    (["train", "tiny-cpu", "--data", "absent", "-o", "x"], 3, "absent"),
+])
+def test_exit_codes(place, invoke, monkeypatch, arguments, code, said):
+    monkeypatch.chdir(place)
+    found, out, err = invoke(*arguments)
+    assert (found, out, len(err.splitlines())) == (code, "", 1) and said in err
+
+
+def test_an_empty_stream_is_bad_data(place):
+    done = run("eval", "-m", "-", "--metrics", "psnr", "--json", stdin="")
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (3, "", 1)
+
+
+def test_eval_of_folders_in_both_forms(place, invoke):
+    same = ("eval", "--outputs", place / "photos", "--targets", place / "photos", "--metrics", "l1,ssim")
+    code, out, _ = invoke(*same)
+    assert code == 0 and dict(line.split() for line in out.splitlines()) == {"l1": "0", "ssim": "1"}
+    (result,) = lines(invoke(*same, "--json", "--limit", 2)[1])
+    assert result["count"] == 2 and result["metrics"]["l1"]["protocol"]
+
+
+def test_prepare_goes_on_with_the_next_after_a_bad_picture(tmp_path):
+    """Names are as odd as file systems allow; the conditions come from the shipped extractor."""
+    draw_pictures(tmp_path / "set", 2)
+    (tmp_path / "set" / "p1.png").rename(tmp_path / "set" / "naïve\nname.png")
+    (tmp_path / "set" / "empty.jpg").write_bytes(b"")
+    done = run("prepare", tmp_path / "set", "-o", tmp_path / "prep", "--size", 32, "--edges", "hed-small", "--json")
+    by_status = sorted(record["status"] for record in lines(done.stdout))
+    assert (done.returncode, by_status) == (4, ["error", "ok", "ok"]), done.stderr
+    assert lines(done.stdout)[-1]["condition_source"]["network"] == "hed-small"
+    assert "empty.jpg" in done.stderr and all(line.startswith("cocosctl: ") for line in done.stderr.splitlines())
+
+
+def test_warp_visualize_draws_one_picture_a_pair(place, invoke):
+    output = place / "warps.png"
+    code, out, err = invoke("warp-visualize", place / "edges" / "p0.png", place / "photos" / "p1.png", "-o", output,
+                            "-w", place / "tiny.safetensors")
+    assert (code, out) == (0, f"{output}\n"), err
+    assert min(Image.open(output).size) > 32
+    code, out, _ = invoke("warp-visualize", "-m", place / "prep", "-o", place / "warps", "-w", place / "tiny.safetensors",
+                          "--limit", 2)
+    assert (code, len(out.splitlines())) == (0, 2)
+
+
+def test_a_report_is_one_page(place, invoke):
+    page = place / "reported" / "index.html"
+    code, out, err = invoke("translate", "-m", place / "prep", "-o", place / "reported", "-w", place / "tiny.safetensors",
+                            "--limit", 2, "--report", page)
+    assert code == 0 and len(out.splitlines()) == 2 and str(page) in err, err
+    assert "<img" in page.read_text()
+
+
+def test_training_stops_on_a_signal_and_goes_on(place):
+    run_folder = place / "run"
+    command = ["train", "tiny-cpu", "--data", place / "prep", "-o", run_folder, "--set", "train.images=400", "--json"]
+    process = subprocess.Popen([*COCOSCTL, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=clean_environment())
+    first = json.loads(process.stdout.readline())
+    assert first["of"] == 400
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 75 and "Traceback" not in said and "again" in said, said
+
+    command[command.index("train.images=400")] = "train.images=16"
+    done = run(*command)
+    ticks = lines(done.stdout)
+    assert done.returncode == 0 and ticks[-1] == {"model": str(run_folder / "model.safetensors")}, done.stderr
+    assert ticks[0]["images"] > first["images"] if len(ticks) > 1 else True
+    assert Path(ticks[-1]["model"]).is_file()
