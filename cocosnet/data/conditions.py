@@ -36,7 +36,7 @@ def load_condition(path: str | Path, data: DataConfig, size: tuple[int, int] | N
 
 
 def load_condition_image(path: str | Path, data: DataConfig) -> Image.Image:
-    """The condition file as a picture: mode L for edges, L or I;16 of class indices for masks. Raises as `load_condition`."""
+    """The condition file as a picture: mode L for edges, L or I;16 of class indices. Raises as `load_condition`."""
     if data.task == "edge":
         return load_gray(path)
     _require_mask(data)

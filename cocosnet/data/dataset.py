@@ -96,7 +96,8 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / DATASET_NAME
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-        return {**summary, "task": str(summary["task"]), "size": int(summary["size"]), "classes": int(summary["classes"])}
+        return {**summary, "task": str(summary["task"]), "size": int(summary["size"]),
+                "classes": int(summary["classes"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{shown(path)}: cannot read this summary; make the folder with `cocosctl prepare`") from error
 

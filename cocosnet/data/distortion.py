@@ -37,15 +37,15 @@ def random_grid(batch: int, height: int, width: int, config: DistortionConfig, g
     shifts = torch.randn(batch, points, 2, generator=generator) * config.tps * torch.tensor([height, width])
     matrix, offset = _random_affine(batch, height, width, config, generator)
     mirrored = torch.rand(batch, 1, 1, generator=generator) < config.flip
-    bent = pixel_grid(height, width).flatten(1) + (_spline_basis(config.tps_grid, height, width) @ shifts).transpose(1, 2)
+    bend = (_spline_basis(config.tps_grid, height, width) @ shifts).transpose(1, 2)
     centre = torch.tensor([(height - 1) / 2, (width - 1) / 2]).view(2, 1)
-    grid = matrix @ (bent - centre) + centre + offset
+    grid = matrix @ (pixel_grid(height, width).flatten(1) + bend - centre) + centre + offset
     rows, columns = grid.split(1, dim=1)
     return torch.cat([rows, torch.where(mirrored, width - 1 - columns, columns)], 1).view(batch, 2, height, width)
 
 
 def apply_grid(image: Tensor, grid: Tensor) -> Tensor:
-    """Read `image` (B,C,H,W float32) bilinearly at `grid` (B,2,h,w positions (y, x) in px), reflected outside. B,C,h,w."""
+    """Read B,C,H,W float32 bilinearly at positions (y, x) in px, B,2,h,w; reflected outside. Returns B,C,h,w."""
     height, width = image.shape[-2:]
     span = grid.new_tensor([max(height - 1, 1), max(width - 1, 1)]).view(1, 2, 1, 1)
     normalised = (grid * (2 / span) - 1).flip(1).permute(0, 2, 3, 1)
