@@ -1,7 +1,7 @@
 """External weights: what they are, where they lie, and that they are what they claim to be.
 
-A file is looked for in $COCOSCTL_WEIGHTS_DIR and then in $TORCH_HOME/hub/checkpoints; one that has a URL is fetched into
-the first of these that is set, unless COCOSCTL_OFFLINE=1. Nothing here imports PyTorch until a download starts.
+A file is looked for in $COCOSCTL_WEIGHTS_DIR and then in $TORCH_HOME/hub/checkpoints; one that has a URL is fetched
+into the first of these that is set, unless COCOSCTL_OFFLINE=1. Nothing here imports PyTorch until a download starts.
 """
 
 from __future__ import annotations
@@ -38,13 +38,15 @@ REGISTRY = {
     for weight in (
         WeightFile(
             name="vgg19", filename="vgg19-dcbb9e9d.pth", url="https://download.pytorch.org/models/vgg19-dcbb9e9d.pth",
-            sha256="dcbb9e9dad569fff7a846263a77324fc34978fea2bfb039c012d710e1776ae44", licence="BSD-3-Clause (torchvision)",
-            size=574_673_361, used_by="train with loss.perceptual: vgg19", source="torchvision, ImageNet"),
+            sha256="dcbb9e9dad569fff7a846263a77324fc34978fea2bfb039c012d710e1776ae44",
+            licence="BSD-3-Clause (torchvision)", size=574_673_361,
+            used_by="train with loss.perceptual: vgg19", source="torchvision, ImageNet"),
         WeightFile(
             name="vgg16-caffe", filename="vgg16_caffe_imagenet_fp16.safetensors", url="",
-            sha256="05e27821ad04403e9f63d21d7282a0e7767cd0b4c5b0ff3d549b2a75949364fc", licence="CC BY 4.0 (Oxford VGG)",
-            size=29_431_664, used_by="train with loss.perceptual: vgg16-caffe; eval's semantic and style metrics",
-            source="the 13 convolutions of Oxford's Caffe VGG-16 as fp16 safetensors (keys conv{block}_{i}.{weight,bias})"),
+            sha256="05e27821ad04403e9f63d21d7282a0e7767cd0b4c5b0ff3d549b2a75949364fc",
+            licence="CC BY 4.0 (Oxford VGG)", size=29_431_664,
+            used_by="train with loss.perceptual: vgg16-caffe; eval's semantic and style metrics",
+            source="convolutions of Oxford's Caffe VGG-16 as fp16 safetensors (keys conv{block}_{i}.{weight,bias})"),
         WeightFile(
             name="hed", filename="hed_bsds500_fp16.safetensors", url="",
             sha256="55a6ad7c326f3a880b585a72dae89207b8c24f1c6fce476e279eda73f885b33c", licence="MIT",
@@ -53,9 +55,11 @@ REGISTRY = {
                    "network-bsds500.pytorch does as well", alternatives=("network-bsds500.pytorch",)),
         WeightFile(
             name="fid-inception", filename="pt_inception-2015-12-05-6726825d.pth",
-            url="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
-            sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2", licence="Apache-2.0 (pytorch-fid)",
-            size=95_628_359, used_by="eval with the metric fid", source="pytorch-fid"),
+            url="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+                "pt_inception-2015-12-05-6726825d.pth",
+            sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+            licence="Apache-2.0 (pytorch-fid)", size=95_628_359,
+            used_by="eval with the metric fid", source="pytorch-fid"),
     )
 }
 
@@ -101,7 +105,7 @@ def find_weights(name: str) -> Path:
 
 
 def packed_file(filename: str) -> Path:
-    """Path of a file that travels inside the package, such as `demo.safetensors`. Raises MissingWeights if it is not there."""
+    """Path of a file that travels inside the package, e.g. `demo.safetensors`. Raises MissingWeights if it is gone."""
     path = ASSET_FOLDER / filename
     if not path.is_file():
         raise MissingWeights(f"{path}: this file belongs to the package but is not there; reinstall cocosctl")
@@ -145,11 +149,12 @@ def _how_to_get(weight: WeightFile) -> str:
 def _verify(path: Path, expected: str, shown: str | None = None) -> None:
     found = _sha256(path, path.stat().st_size, path.stat().st_mtime_ns)
     if found != expected:
-        raise CheckpointError(f"{shown or path}: sha256 is {found}, expected {expected}; remove the file and get it again")
+        raise CheckpointError(f"{shown or path}: sha256 is {found}, expected {expected}; "
+                              "remove the file and get it again")
 
 
 @functools.lru_cache(maxsize=32)
 def _sha256(path: Path, size: int, modified: int) -> str:
-    """Hash of a file's content; size and time of change are part of the cache's key, so that a new content is read anew."""
+    """Hash of a file's content; size and time of change are part of the cache's key, so new content is read anew."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,7 +1,7 @@
 """Adversarial losses (Eq. 17-18), hinge form, averaged over the scales of the discriminator.
 
-The paper prints the hinge as h(t) = min(0, -1 + t), which is what is computed here. Its real sample is called y_B; ours is
-x_B with its own condition x_A, because a discriminator that sees the condition needs a pair that belongs together.
+The hinge is h(t) = min(0, -1 + t), as printed. The paper calls the real sample y_B; ours is x_B with its own condition
+x_A, because a discriminator that sees the condition needs a pair that belongs together.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ BANDWIDTH = 0.1  # h of the contextual loss (release)
 NEAREST_EPSILON = 1e-3  # added to the distance of the nearest neighbour before dividing by it (release)
 MAX_POSITIONS = 4096  # of one map, so that the matrix of all pairs stays at 64 MiB; larger maps are averaged down
 CONTEXTUAL_WEIGHTS = {"relu3_2": 2.0, "relu4_2": 4.0, "relu5_2": 8.0}  # u_m (release)
-FEATURE_WEIGHTS = {"relu1_2": 1 / 32, "relu2_2": 1 / 16, "relu3_2": 1 / 8, "relu4_2": 1 / 4, "relu5_2": 1.0}  # eta_m (release)
+# eta_m (release)
+FEATURE_WEIGHTS = {"relu1_2": 1 / 32, "relu2_2": 1 / 16, "relu3_2": 1 / 8, "relu4_2": 1 / 4, "relu5_2": 1.0}
 
 
 def feature_loss(output: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
@@ -44,7 +45,7 @@ def contextual_loss(output: Mapping[str, Tensor], exemplar: Mapping[str, Tensor]
 
 
 def contextual_distance(x: Tensor, y: Tensor) -> Tensor:
-    """-log CX(x, y) of Mechrez et al. (ECCV 2018), in the release's direction. x B,C,h,w; y B,C,H,W; returns B, float32.
+    """-log CX(x, y) of Mechrez et al. (ECCV 2018), in the release's direction. x B,C,h,w; y B,C,H,W; returns B float32.
 
     Cosine distance d_ij after the channel means of y are taken off both; d_ij / (min_j d_ij + 1e-3);
     w_ij = exp((1 - d_ij) / h), normalised over j; CX is the mean over i of the largest over j. Any permutation of the

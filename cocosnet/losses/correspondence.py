@@ -28,7 +28,7 @@ def _level(warps: Sequence[Tensor], target: Tensor, decay: float) -> Tensor:
     small = shrink(target, warps[-1].shape[-2:])
     weights = [decay ** (len(warps) - 1 - t) for t in range(len(warps))]
     errors = [(warp.float() - small).abs().mean((1, 2, 3)) for warp in warps]
-    return sum(weight * error for weight, error in zip(weights, errors)) / sum(weights)
+    return sum(weight * error for weight, error in zip(weights, errors, strict=True)) / sum(weights)
 
 
 def shrink(image: Tensor, size: torch.Size) -> Tensor:

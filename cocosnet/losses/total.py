@@ -10,7 +10,7 @@ from cocosnet.config import LossConfig
 
 
 def loss_weights(config: LossConfig) -> dict[str, float]:
-    """The lambdas of Eq. 19 by the name of the generator's losses. Those of Eq. 15-16 are 0 without a perceptual network."""
+    """The lambdas of Eq. 19 by the name of the generator's losses; 0 for Eq. 15-16 without a perceptual network."""
     perceptual = float(config.perceptual != "none")
     return {
         "align": config.align,  # lambda_1, Eq. 11

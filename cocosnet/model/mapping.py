@@ -14,8 +14,8 @@ from cocosnet.model.layers import LEAK, conv
 class Mapping(nn.Module):
     """Fuses the levels coarse to fine. Small on purpose: what the picture needs must be in the features.
 
-    widths: channels C_1..C_L of the features, coarse to fine. Input: L maps B,C_l,h,w. Output: B,3,H,W in [-1, 1] at the
-    finest level's size. There is no normalisation, so every bias reaches the output.
+    widths: channels C_1..C_L of the features, coarse to fine. Input: L maps B,C_l,h,w. Output: B,3,H,W in [-1, 1] at
+    the finest level's size. There is no normalisation, so every bias reaches the output.
     """
 
     def __init__(self, widths: Sequence[int], hidden: int = 32):

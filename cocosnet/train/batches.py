@@ -87,7 +87,7 @@ class StepBatches(Dataset):
 def make_sample(item: Mapping[str, Any], config: Config, *, pseudo: bool, generator: torch.Generator) -> Batch:
     """A batch of one. `item`: a pair of `PairDataset`; one that is alone in its set gets a pseudo exemplar.
 
-    A pseudo exemplar is x_B distorted, and its condition likewise. Raises DataError for a picture smaller than data.size.
+    A pseudo exemplar is x_B distorted, and its condition likewise. Raises DataError where a picture is too small.
     """
     channels = item["condition"].shape[0]
     own = _crop(torch.cat([item["condition"], item["image"]]), config.data.size, item["id"], generator)

@@ -75,8 +75,8 @@ def generator_losses(networks: Networks, batch: Batch, config: LossConfig, *,
 def perceptual_losses(phi: nn.Module, output: Tensor, batch: Batch) -> dict[str, Tensor]:
     """Eq. 15-16, unweighted scalars by name. output B,3,S,S in [-1, 1].
 
-    Each sample takes the term of Eq. 16 that fits its exemplar; both terms are means over the whole batch, so each shrinks
-    with the share of its samples.
+    Each sample takes the term of Eq. 16 that fits its exemplar; both terms are means over the whole batch, so each
+    shrinks with the share of its samples.
     """
     real = torch.nonzero(batch.pseudo == 0).flatten()
     with torch.no_grad():

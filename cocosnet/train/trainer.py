@@ -179,8 +179,8 @@ class Trainer:
             self.log.note(self.images, "step skipped: a loss or a gradient is not finite")
         if self.skipped >= SKIP_LIMIT:
             self.save()
-            raise CocosError(f"{self.run}: {SKIP_LIMIT} steps in a row were not finite; start anew with lower train.lr_g and "
-                             "train.lr_d, or with train.precision=fp32")
+            raise CocosError(f"{self.run}: {SKIP_LIMIT} steps in a row were not finite; start anew with lower "
+                             "train.lr_g and train.lr_d, or with train.precision=fp32")
 
     def _sample_batch(self) -> Batch:
         """The same pairs every time; every other one with a pseudo exemplar."""
