@@ -1,0 +1,171 @@
+"""One HTML page that shows what became of every pair: no scripts, no network, light or dark as the reader's system is.
+
+Pictures are put into the page itself (one file to send around) or linked by relative paths (a small page beside its
+pictures). The page is written row by row, and browsers load pictures only when they come into view, so that thousands
+of rows are no trouble.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+from urllib.parse import quote
+
+from PIL import Image
+
+from cocosnet.data.images import load_rgb
+from cocosnet.data.records import Record
+from cocosnet.errors import DataError
+from cocosnet.files import atomic_path
+
+THUMBNAIL = 256  # px, longer side of a picture inside the page
+QUALITY = 88  # of JPEGs inside the page
+COLUMNS = ("condition", "exemplar", "warp", "output", "target")
+VALUE_DIGITS = 5  # significant digits of a metric
+WEB_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")  # formats that every browser shows
+
+STYLE = """
+:root { color-scheme: light dark;
+  --ink: #1c1c1c; --faint: #6a6a6a; --ground: #fdfdfd; --line: #dedede; --bad: #a4262c; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e8e8; --faint: #9a9a9a; --ground: #161616; --line: #3a3a3a; --bad: #f1707b; }
+}
+body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--ground); margin: 2rem auto;
+  max-width: 90rem; padding: 0 1rem; }
+h1 { font-size: 1.4rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
+p { margin: .3rem 0; max-width: 60rem; }
+table { border-collapse: collapse; margin: 1rem 0; }
+td, th { text-align: left; padding: .25rem 1rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td.number { font-variant-numeric: tabular-nums; }
+small, figcaption { color: var(--faint); font-size: .85rem; }
+section { border-top: 1px solid var(--line); padding: .8rem 0; content-visibility: auto;
+  contain-intrinsic-size: auto 320px; }
+section h2 { font-size: .95rem; font-weight: 600; margin: 0 0 .4rem; overflow-wrap: anywhere; }
+.pictures { display: flex; flex-wrap: wrap; gap: .6rem; }
+figure { margin: 0; }
+img { display: block; height: auto; max-width: min(100%, 16rem); max-height: 16rem; width: auto; }
+.bad { color: var(--bad); overflow-wrap: anywhere; }
+"""
+
+
+@dataclass
+class Row:
+    """One pair on the page.
+
+    pictures: by column title, in the order of display; a file or a ready picture. error: what went wrong, if anything.
+    """
+
+    name: str
+    pictures: Mapping[str, str | Path | Image.Image] = field(default_factory=dict)
+    note: str = ""
+    error: str | None = None
+
+
+def row_of(record: Record) -> Row:
+    """Condition, exemplar, warp, output and target of a record, those that it has.
+
+    The extra keys "condition_image" (a drawn condition) and "warp", as `translate` leaves them, are used where present.
+    """
+    known = {name: getattr(record, name, None) for name in COLUMNS}
+    known["condition"] = record.extra.get("condition_image") or known["condition"]
+    known["warp"] = record.extra.get("warp")
+    return Row(record.id, {name: path for name, path in known.items() if path}, error=record.error)
+
+
+def write_report(path: str | Path, rows: Iterable[Row | Record], title: str, notes: Iterable[str] = (), *,
+                 metrics: Mapping[str, Any] | None = None, embed: bool = True) -> None:
+    """Write the page.
+
+    Args:
+        path: of the page, written atomically.
+        rows: pairs, taken one at a time. A picture that cannot be read is named in its place; the rest goes on.
+        title: heading and window title; plain text, as are all names (they are escaped).
+        notes: paragraphs below the heading.
+        metrics: what `cocosnet.metrics.evaluate` returned, shown as a table.
+        embed: put reduced pictures into the page (about 20 kB each); False links the files by paths relative to the
+            page, and only ready pictures and formats that browsers do not know are put in.
+
+    Raises:
+        DataError: the page cannot be written.
+    """
+    folder = Path(path).absolute().parent
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", errors="replace") as page:
+        _write_head(page, title, notes, metrics)
+        for row in rows:
+            page.writelines(_section(row_of(row) if isinstance(row, Record) else row, folder, embed))
+        page.write("</main>\n</body>\n</html>\n")
+
+
+def _write_head(page: TextIO, title: str, notes: Iterable[str], metrics: Mapping[str, Any] | None) -> None:
+    heading = html.escape(title)
+    page.write('<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+               '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+               f"<title>{heading}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{heading}</h1>\n")
+    page.writelines(f"<p>{html.escape(note)}</p>\n" for note in notes)
+    if metrics:
+        page.writelines(_metrics_table(metrics))
+
+
+def _metrics_table(result: Mapping[str, Any]) -> Iterator[str]:
+    """The object of `evaluate` as a table."""
+    yield "<table>\n<tr><th>metric</th><th>value</th><th>pairs</th><th>protocol</th></tr>\n"
+    for name, entry in result["metrics"].items():
+        value = "none" if entry["value"] is None else f"{entry['value']:.{VALUE_DIGITS}g}"
+        remark = f"<br>{html.escape(entry['note'])}" if entry.get("note") else ""
+        yield (f'<tr><td>{html.escape(name)}</td><td class="number">{value}</td>'
+               f'<td class="number">{entry["count"]}</td>'
+               f"<td><small>{html.escape(entry['protocol'])}{remark}</small></td></tr>\n")
+    yield f"</table>\n<p><small>{result['count']} pairs measured, {result['failed']} failed</small></p>\n"
+
+
+def _section(row: Row, folder: Path, embed: bool) -> Iterator[str]:
+    """One pair: name, note or error, and its pictures."""
+    yield f"<section>\n<h2>{html.escape(row.name)}</h2>\n"
+    if row.note:
+        yield f"<p><small>{html.escape(row.note)}</small></p>\n"
+    if row.error:
+        yield f'<p class="bad">{html.escape(row.error)}</p>\n'
+    yield '<div class="pictures">\n'
+    for title, picture in row.pictures.items():
+        yield f"<figure>{_picture(picture, f'{title} of {row.name}', folder, embed)}<figcaption>{html.escape(title)}"
+        yield "</figcaption></figure>\n"
+    yield "</div>\n</section>\n"
+
+
+def _picture(picture: str | Path | Image.Image, description: str, folder: Path, embed: bool) -> str:
+    """The img element, or why there is none."""
+    try:
+        image = picture if isinstance(picture, Image.Image) else load_rgb(picture, THUMBNAIL if embed else None)
+    except DataError as error:
+        return f'<p class="bad">{html.escape(str(error))}</p>'
+    link = not embed and not isinstance(picture, Image.Image) and Path(picture).suffix.lower() in WEB_SUFFIXES
+    reduced = image if link else thumbnail(image)
+    source = _relative(picture, folder) if link else data_uri(reduced)
+    return (f'<img src="{source}" width="{reduced.width}" height="{reduced.height}" alt="{html.escape(description)}" '
+            'loading="lazy" decoding="async">')
+
+
+def _relative(path: str | Path, folder: Path) -> str:
+    """URL of a file as seen from the page's folder."""
+    return html.escape(quote(Path(os.path.relpath(os.path.abspath(path), folder)).as_posix()))
+
+
+def thumbnail(image: Image.Image) -> Image.Image:
+    """A copy of mode RGB whose longer side is at most 256 px."""
+    reduced = image.convert("RGB")
+    reduced.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    return reduced
+
+
+def data_uri(image: Image.Image) -> str:
+    """The picture as a `data:` URL: JPEG, or PNG for at most 256 colours (edges, labels), which JPEG smears."""
+    flat = image.getcolors(256) is not None
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True) if flat else image.save(buffer, "JPEG", quality=QUALITY)
+    return f"data:image/{'png' if flat else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
