@@ -1,0 +1,90 @@
+"""Released checkpoints: what is written is what is read, and what does not fit is refused in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import cocosnet
+from cocosnet.checkpoint import CONFIG_KEY, read_metadata, save_model
+from cocosnet.config import load_config
+from cocosnet.errors import CheckpointError, MissingDependency, MissingWeights
+from cocosnet.model.cocosnet import CoCosNet
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A tiny random model and the file it was saved to."""
+    torch.manual_seed(0)
+    model = CoCosNet(load_config("tiny-cpu")).eval().to(memory_format=torch.channels_last)  # the layout that loading gives
+    save_model(tmp_path / "model.safetensors", model, {"note": "random"})
+    return model, tmp_path / "model.safetensors"
+
+
+def test_a_saved_model_translates_exactly_as_before(saved):
+    model, path = saved
+    condition, exemplar = torch.rand(1, 1, 40, 33), torch.rand(1, 3, 32, 32) * 2 - 1
+    loaded = cocosnet.load_model(path, device="cpu")
+    assert loaded.config == model.config and not loaded.training
+    assert torch.equal(loaded(condition, exemplar).image, model(condition, exemplar).image)
+    assert read_metadata(path)["note"] == "random"
+
+
+def test_compact_files_are_half_as_large_and_nearly_equal(saved, tmp_path):
+    model, path = saved
+    save_model(tmp_path / "compact.safetensors", model, compact=True)
+    assert (tmp_path / "compact.safetensors").stat().st_size < 0.75 * path.stat().st_size
+    assert isinstance(cocosnet.load_model(tmp_path / "compact.safetensors", device="cpu"), CoCosNet)
+
+
+def test_a_run_folder_stands_for_its_model(saved):
+    assert cocosnet.load_model(saved[1].parent, device="cpu").config == saved[0].config
+
+
+def damage(kind, path):
+    """Spoil a checkpoint in one of the ways that happen."""
+    tensors = load_file(path)
+    name = sorted(tensors)[0]
+    with torch.no_grad():
+        metadata = {CONFIG_KEY: read_metadata(path)[CONFIG_KEY]}
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "pickle":
+        torch.save({"a": torch.zeros(1)}, path)
+    elif kind == "no config":
+        save_file(tensors, path)
+    elif kind == "broken config":
+        save_file(tensors, path, metadata={CONFIG_KEY: '{"model": {"encoder": {"stem_widht": 4}}}'})
+    elif kind == "missing tensor":
+        save_file({key: value for key, value in tensors.items() if key != name}, path, metadata=metadata)
+    elif kind == "wrong shape":
+        save_file({**tensors, name: torch.zeros(3)}, path, metadata=metadata)
+    elif kind == "extra tensor":
+        save_file({**tensors, "stranger": torch.zeros(3)}, path, metadata=metadata)
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("truncated", "not a readable"), ("empty", "not a readable"), ("pickle", "not a readable"), ("no config", "holds no config"),
+    ("broken config", "stem_width"), ("missing tensor", "missing"), ("wrong shape", "expected"), ("extra tensor", "unexpected stranger")])
+def test_a_checkpoint_that_does_not_fit_is_an_error_of_one_line(saved, kind, words):
+    damage(kind, saved[1])
+    with pytest.raises(CheckpointError, match=words) as caught:
+        cocosnet.load_model(saved[1], device="cpu")
+    assert str(saved[1]) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_weights_and_devices_name_the_remedy(saved, tmp_path):
+    with pytest.raises(MissingWeights, match="nowhere.*run folder"):
+        cocosnet.load_model(tmp_path / "nowhere.safetensors")
+    if not torch.cuda.is_available():
+        with pytest.raises(MissingDependency, match="--device cpu"):
+            cocosnet.load_model(saved[1], device="cuda")
+
+
+def test_the_config_inside_is_the_whole_tree(saved):
+    assert dataclasses.asdict(cocosnet.load_model(saved[1], device="cpu").config) == dataclasses.asdict(load_config("tiny-cpu"))

@@ -1,0 +1,190 @@
+"""Matching: the exact level, propagation, distinct candidates, engines that agree, and gradients that reach the offsets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from cocosnet.config import MatchingConfig
+from cocosnet.errors import MissingDependency
+from cocosnet.model import patchmatch
+from cocosnet.model.convgru import Refinement
+from cocosnet.model.exact import exact_top_k, exact_warp
+from cocosnet.model.hierarchy import Hierarchy
+from cocosnet.model.patchmatch import REFERENCE, select_engine
+from cocosnet.model.warp import pixel_grid
+
+
+def unit(seed, *shape, dtype=torch.float32):
+    """Random unit vectors over dimension 1."""
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype), dim=1)
+
+
+def field(seed, batch, candidates, height, width, target):
+    """Random fractional positions, some outside the map of (rows, columns)."""
+    scale = torch.tensor([target[0] + 2.0, target[1] + 2.0]).view(1, 1, 2, 1, 1)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, candidates, 2, height, width, generator=generator) * scale - 1.5
+
+
+def test_the_exact_level_equals_brute_force():
+    x, y, picture = unit(0, 2, 8, 5, 7), unit(1, 2, 8, 6, 4), torch.randn(2, 3, 6, 4)
+    similarity = np.einsum("bchw,bcn->bhwn", x.double(), y.double().flatten(2))
+    matches = exact_top_k(x, y, 3)
+    order = np.argsort(-similarity, axis=-1)[..., :3]
+    pixels = (matches.positions[:, :, 0] * 4 + matches.positions[:, :, 1]).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(pixels, order)
+    weights = np.exp((similarity - similarity.max(-1, keepdims=True)) / 0.01)
+    weights /= weights.sum(-1, keepdims=True)
+    expected = np.einsum("bhwn,bcn->bchw", weights, picture.double().flatten(2))
+    np.testing.assert_allclose(exact_warp(x, y, picture, 0.01).numpy(), expected, atol=2e-4)
+
+
+def test_the_exact_level_leaves_slots_empty_where_the_map_is_smaller_than_k():
+    matches = exact_top_k(unit(0, 1, 4, 3, 3), unit(1, 1, 4, 1, 2), 5)
+    assert torch.isinf(matches.scores[:, 2:]).all() and torch.isfinite(matches.scores[:, :2]).all()
+
+
+def brute_force_pass(positions, x, y, axis):
+    """One propagation pass of one picture, pixel by pixel, in float64. Returns sorted lists of (score, row, column)."""
+    candidates, _, height, width = positions.shape
+    bottom, right = y.shape[1] - 1, y.shape[2] - 1
+    result = {}
+    for i in range(height):
+        for j in range(width):
+            best = {}
+            for shift in (0, -1, 1):
+                ni, nj = (i + shift, j) if axis == -2 else (i, j + shift)
+                if not (0 <= ni < height and 0 <= nj < width):
+                    continue
+                for k in range(candidates):
+                    row, column = positions[k, :, ni, nj].tolist()
+                    row, column = (row - shift, column) if axis == -2 else (row, column - shift)
+                    row, column = min(max(row, 0), bottom), min(max(column, 0), right)
+                    r0, c0 = min(int(row), max(bottom - 1, 0)), min(int(column), max(right - 1, 0))
+                    r1, c1, v, u = min(r0 + 1, bottom), min(c0 + 1, right), row - r0, column - c0
+                    f = ((1 - v) * (1 - u) * y[:, r0, c0] + (1 - v) * u * y[:, r0, c1]
+                         + v * (1 - u) * y[:, r1, c0] + v * u * y[:, r1, c1])
+                    score = float(x[:, i, j] @ f)
+                    pixel = (round(row), round(column))
+                    if pixel not in best or score > best[pixel][0]:
+                        best[pixel] = (score, row, column)
+            result[i, j] = sorted(best.values(), reverse=True)[:candidates]
+    return result
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_a_propagation_pass_equals_its_description_pixel_by_pixel(axis):
+    x, y = unit(2, 1, 6, 5, 4), unit(3, 1, 6, 4, 7)
+    positions = patchmatch.clamp_positions(field(4, 1, 3, 5, 4, (4, 7)), 4, 7)
+    matches = patchmatch.best_distinct(patchmatch.neighbour_candidates(positions, axis), x, y, 3)
+    expected = brute_force_pass(positions[0].double(), x[0].double(), y[0].double(), axis)
+    for (i, j), best in expected.items():
+        for k, (score, row, column) in enumerate(best):
+            assert matches.scores[0, k, i, j].item() == pytest.approx(score, abs=1e-5)
+            assert matches.positions[0, k, :, i, j].tolist() == pytest.approx([row, column], abs=1e-5)
+        assert torch.isinf(matches.scores[0, len(best):, i, j]).all()
+
+
+def test_one_good_match_spreads_along_its_row_and_column():
+    """Exemplar = condition shifted by (2, 3); one pixel knows it, everyone finds it."""
+    x = unit(5, 1, 16, 12, 12)
+    y = torch.roll(x, (2, 3), (2, 3))
+    truth = (pixel_grid(12, 12) + torch.tensor([2.0, 3.0]).view(2, 1, 1))[:, :10, :9]
+    positions = torch.zeros(1, 1, 2, 12, 12)
+    positions[0, 0, :, 4, 4] = torch.tensor([6.0, 7.0])
+    for _ in range(12):
+        positions = patchmatch.propagate(positions, x, y).positions
+    assert torch.equal(positions[0, 0, :, :10, :9], truth)
+
+
+shapes = st.tuples(st.integers(1, 2), st.integers(2, 9), st.integers(1, 6), st.integers(1, 9), st.integers(1, 9),
+                   st.integers(1, 9), st.integers(1, 9))
+
+
+@given(shapes, st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_the_compiled_engine_agrees_with_the_reference(shape, seed):
+    pytest.importorskip("numba")
+    from cocosnet.model import compiled
+
+    batch, channels, candidates, height, width, rows, columns = shape
+    x, y = unit(seed, batch, channels, height, width), unit(seed + 1, batch, channels, rows, columns)
+    positions = field(seed + 2, batch, candidates, height, width, (rows, columns))
+    ours, reference = compiled.propagate(positions, x, y), patchmatch.propagate(positions, x, y)
+    torch.testing.assert_close(ours.scores, reference.scores, atol=2e-6, rtol=1e-5)
+    assume(rows * columns > 1)  # two candidates at the very same place tie, and rounding decides which one is kept
+    inside = torch.rand(positions.shape, generator=torch.Generator().manual_seed(seed))
+    inside = inside * torch.tensor([rows - 1.0, columns - 1.0]).view(1, 1, 2, 1, 1)
+    results = []
+    for engine in (compiled, patchmatch):
+        inputs = [t.clone().requires_grad_() for t in (inside, x, y)]
+        scores = engine.evaluate(*inputs).scores
+        scores.clamp(min=-2).square().sum().backward()
+        results.append([scores.detach(), *(t.grad for t in inputs)])
+    for mine, theirs in zip(*results):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_an_engine_that_cannot_run_is_refused_by_name():
+    with pytest.raises(MissingDependency, match="float32"):
+        select_engine("compiled", torch.zeros(1, dtype=torch.float64))
+    assert select_engine("auto", torch.zeros(1, dtype=torch.float64)) is REFERENCE
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_the_candidates_of_a_pixel_stay_distinct_to_the_last_level(backend):
+    """In the release, 16 final candidates are 1.05 distinct ones on average."""
+    torch.manual_seed(0)
+    hierarchy = Hierarchy((8, 8, 8), MatchingConfig(channels=8, candidates=6, iterations=3, hidden=8, backend=backend))
+    for module in hierarchy.modules():
+        if isinstance(module, Refinement):  # make it move matches by whole pixels
+            torch.nn.init.normal_(module.head[-1].weight, std=3.0)
+    x = [F.avg_pool2d(unit(7, 1, 8, 32, 32), factor) for factor in (4, 2, 1)]
+    levels = hierarchy(x, [torch.roll(f, 1, 2) for f in x], torch.rand(1, 3, 32, 32))
+    for level in levels:
+        pixels = level.matches.positions.round()
+        distinct = 0
+        for i in range(pixels.shape[-2]):
+            for j in range(pixels.shape[-1]):
+                filled = torch.isfinite(level.matches.scores[0, :, i, j])
+                found = {tuple(p) for p in pixels[0, filled, :, i, j].tolist()}
+                assert len(found) == int(filled.sum())
+                distinct += len(found)
+        assert distinct / (pixels.shape[-2] * pixels.shape[-1]) > 5
+
+
+def test_the_warp_teaches_the_refinement_where_to_look():
+    """Features say "stay", the pictures say "one down, two right": the warp's error alone moves the matches there.
+
+    In the release no gradient reaches the GRU, so it could never learn this.
+    """
+    torch.manual_seed(0)
+    config = MatchingConfig(channels=8, candidates=1, iterations=2, hidden=16, propagation=False)
+    hierarchy = Hierarchy((8, 8), config)
+    smooth = F.interpolate(torch.randn(2, 3, 6, 6), size=24, mode="bicubic")
+    moved = torch.roll(smooth, (1, 2), (2, 3))
+    features = [unit(1, 2, 8, 12, 12), unit(2, 2, 8, 24, 24)]
+    optimizer = torch.optim.Adam(hierarchy.fine.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        levels = hierarchy(features, features, moved)
+        loss = sum((warp - smooth)[..., 2:-2, 2:-2].abs().mean() for warp in levels[-1].warps)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.4 * losses[0]
+    step = (levels[-1].matches.positions[:, 0] - pixel_grid(24, 24))[..., 4:-4, 4:-4].mean((0, 2, 3))
+    assert step.tolist() == pytest.approx([1, 2], abs=0.4)
+
+
+def test_scores_pass_numerical_gradient_checks():
+    x, y = (unit(s, 1, 3, 3, 3, dtype=torch.float64).requires_grad_() for s in (1, 2))
+    positions = (torch.rand(1, 2, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * 0.3 + 0.1)
+    positions[:, 1] += 1  # another pixel, so that neither is a duplicate
+    assert torch.autograd.gradcheck(lambda p, a, b: patchmatch.evaluate(p, a, b).scores, (positions.requires_grad_(), x, y))

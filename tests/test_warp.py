@@ -1,0 +1,73 @@
+"""Coordinates, sampling and the soft warp (Eq. 8), against SciPy and closed forms."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import map_coordinates
+
+from cocosnet.model.warp import clamp_positions, pixel_grid, sample, soft_warp, upsample_positions
+
+
+def random_positions(batch, candidates, height, width, target, seed=0):
+    """Fractional positions inside a target map of (rows, columns)."""
+    limit = torch.tensor([target[0] - 1.0, target[1] - 1.0]).view(1, 1, 2, 1, 1)
+    return torch.rand(batch, candidates, 2, height, width, generator=torch.Generator().manual_seed(seed)) * limit
+
+
+@pytest.mark.parametrize("target", [(7, 11), (11, 7), (1, 5), (5, 1), (1, 1)])
+def test_sampling_equals_scipy_on_maps_that_are_not_square(target):
+    picture = torch.randn(2, 3, *target, generator=torch.Generator().manual_seed(1))
+    positions = random_positions(2, 4, 5, 6, target)
+    ours = sample(picture, positions)
+    for b in range(2):
+        for c in range(3):
+            where = positions[b].permute(1, 0, 2, 3).reshape(2, -1).numpy()
+            theirs = map_coordinates(picture[b, c].numpy(), where, order=1, mode="nearest")
+            np.testing.assert_allclose(ours[b, c].flatten().numpy(), theirs, atol=2e-6)
+
+
+def test_a_fractional_row_never_moves_the_column():
+    """The release forms row * W + column in floats, so row + 0.25 at width 512 reads 128 columns further right."""
+    columns = torch.arange(512.0).expand(1, 1, 64, 512).contiguous()
+    position = torch.tensor([31.25, 50.0]).view(1, 1, 2, 1, 1)
+    assert sample(columns, position).item() == pytest.approx(50.0, abs=1e-3)
+
+
+def test_positions_outside_read_the_border():
+    picture = torch.arange(12.0).view(1, 1, 3, 4)
+    outside = torch.tensor([[-5.0, -5.0], [99.0, 99.0], [-1.0, 99.0]]).T.view(1, 1, 2, 1, 3)
+    assert sample(picture, outside).flatten().tolist() == [0.0, 11.0, 3.0]
+    assert clamp_positions(outside, 3, 4)[0, 0, :, 0].T.tolist() == [[0, 0], [2, 3], [0, 3]]
+
+
+def test_the_soft_warp_is_the_weighted_average_of_eq_8():
+    picture = torch.tensor([[[[0.0, 1.0], [2.0, 3.0]]]])
+    positions = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).view(1, 2, 2, 1, 1)
+    scores = torch.tensor([0.7, 0.71]).view(1, 2, 1, 1)
+    weight = 1 / (1 + np.exp(-0.01 / 0.01))
+    expected = (1 - weight) * 1.0 + weight * 2.0
+    assert soft_warp(picture, positions, scores, 0.01).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_empty_slot_weighs_nothing():
+    picture = torch.tensor([[[[5.0, 100.0]]]])
+    positions = torch.tensor([[0.0, 0.0], [0.0, 1.0]]).view(1, 2, 2, 1, 1)
+    scores = torch.tensor([0.1, -torch.inf]).view(1, 2, 1, 1)
+    assert soft_warp(picture, positions, scores, 1.0).item() == 5.0
+
+
+def test_upsampling_the_identity_gives_the_identity_and_an_offset_doubles():
+    identity = pixel_grid(3, 5).view(1, 1, 2, 3, 5)
+    assert torch.equal(upsample_positions(identity, 6, 10)[0, 0], pixel_grid(6, 10))
+    shifted = upsample_positions(identity + torch.tensor([1.0, -2.0]).view(1, 1, 2, 1, 1), 6, 10)[0, 0]
+    assert torch.equal(shifted, pixel_grid(6, 10) + torch.tensor([2.0, -4.0]).view(2, 1, 1))
+
+
+def test_the_warp_passes_numerical_gradient_checks():
+    generator = torch.Generator().manual_seed(3)
+    picture = torch.randn(1, 2, 4, 5, dtype=torch.float64, generator=generator, requires_grad=True)
+    positions = (torch.rand(1, 3, 2, 2, 2, dtype=torch.float64, generator=generator) * 0.8 + 1.1).requires_grad_()
+    scores = torch.rand(1, 3, 2, 2, dtype=torch.float64, generator=generator, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda p, q, s: soft_warp(p, q, s, 0.5), (picture, positions, scores))
