@@ -44,7 +44,7 @@ class Trainer:
         Trainer(config, data_folder, run_folder, device="auto").train()
 
     on_tick is called after every step with a dict: images, of, seconds (of this process), images_per_second, and the
-    last step's losses as floats.
+    last step's losses and measures as floats (those that have a value).
 
     Raises (here or in `train`):
         ConfigError: the run folder was made with another config. DataError: the data cannot be used.
@@ -53,7 +53,7 @@ class Trainer:
         Stopped: SIGINT or SIGTERM; the state was saved. CocosError: the numbers have ceased to be finite.
     """
 
-    def __init__(self, config: Config, data_folder: str | Path, run_folder: str | Path, device: str = "auto",
+    def __init__(self, config: Config, data_folder: str | Path, run_folder: str | Path, device: str | torch.device = "auto",
                  on_tick: Callable[[dict[str, Any]], None] | None = None):
         self.config, self.device, self.run = config, resolve_device(device), Path(run_folder)
         self.on_tick = on_tick or (lambda tick: None)
@@ -170,7 +170,7 @@ class Trainer:
         seconds = time.monotonic() - since
         return {"images": self.images, "of": self.config.train.images, "seconds": seconds,
                 "images_per_second": (self.images - images) / max(seconds, 1e-9),
-                **{name: float(value) for name, value in self._last.items()}}
+                **{name: float(value) for name, value in self._last.items() if not torch.isnan(value)}}
 
     def _count_skips(self, applied: bool) -> None:
         """Give up, with the state saved, after too many steps in a row that could not be made."""

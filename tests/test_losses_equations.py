@@ -1,0 +1,157 @@
+"""Every loss against a value known in closed form, or against a slow and plain computation of its own."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from cocosnet.config import LossConfig
+from cocosnet.losses import adversarial, appearance, total
+from cocosnet.losses.align import align_loss
+from cocosnet.losses.correspondence import correspondence_loss
+from cocosnet.losses.mapping import mapping_loss
+from cocosnet.losses.semantic import semantic_loss
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_alignment_is_the_mean_difference_summed_over_levels():
+    a = [torch.zeros(2, 3, 4, 4), torch.zeros(2, 2, 8, 8)]
+    b = [torch.full((2, 3, 4, 4), 0.5), torch.full((2, 2, 8, 8), -0.25)]
+    assert align_loss(a, b).item() == pytest.approx(0.75)
+    assert align_loss(b, b) == 0
+
+
+def test_alignment_of_opposite_unit_vectors_is_its_upper_bound():
+    vector = torch.full((1, 16, 2, 2), 0.25)  # unit length
+    assert align_loss([vector], [-vector]).item() == pytest.approx(2 / math.sqrt(16))
+
+
+def test_correspondence_weighs_iterations_and_takes_pseudo_samples_only():
+    target = torch.zeros(2, 3, 8, 8)
+    coarse = [torch.stack([torch.full((3, 4, 4), 1.0), torch.full((3, 4, 4), 100.0)])]
+    fine = [torch.stack([torch.full((3, 8, 8), value), torch.full((3, 8, 8), -50.0)]) for value in (0.9, 0.3)]
+    value = correspondence_loss([coarse, fine], target, torch.tensor([1.0, 0.0]), decay=0.5)
+    assert value.item() == pytest.approx(1.0 + (0.5 * 0.9 + 1.0 * 0.3) / 1.5)
+
+
+def test_correspondence_compares_with_area_averages_at_coarse_levels():
+    target = random(1, 3, 8, 12)
+    averages = target.reshape(1, 3, 4, 2, 6, 2).mean((3, 5))
+    assert correspondence_loss([[averages]], target, torch.ones(1), 0.8) < 1e-6
+
+
+def test_correspondence_is_the_same_for_any_batch_size_and_zero_without_pseudo_samples():
+    warp, target = random(1, 3, 8, 8), random(1, 3, 8, 8, seed=1)
+    one = correspondence_loss([[warp]], target, torch.ones(1), 0.8)
+    four = correspondence_loss([[warp.repeat(4, 1, 1, 1)]], target.repeat(4, 1, 1, 1), torch.ones(4), 0.8)
+    assert four.item() == pytest.approx(one.item())
+    assert correspondence_loss([[warp]], target, torch.zeros(1), 0.8) == 0
+
+
+def test_mapping_adds_both_domains():
+    image = torch.zeros(1, 3, 4, 4)
+    assert mapping_loss(image + 0.25, image, image - 0.5, image).item() == pytest.approx(0.75)
+
+
+def test_semantic_loss_looks_at_relu4_2():
+    ours = {"relu4_2": torch.ones(1, 2, 3, 3), "relu1_2": torch.zeros(1, 2, 3, 3)}
+    truth = {"relu4_2": torch.full((1, 2, 3, 3), 3.0), "relu1_2": torch.ones(1, 2, 3, 3)}
+    assert semantic_loss(ours, truth).item() == pytest.approx(2.0)
+
+
+def test_feature_matching_sums_the_layers_by_their_weights():
+    names = ["relu1_2", "relu2_2", "relu3_2", "relu4_2", "relu5_2"]
+    ours = {name: torch.zeros(2, 1, 2, 2) for name in names}
+    truth = {name: torch.tensor([1.0, 2.0]).view(2, 1, 1, 1).expand(2, 1, 2, 2) for name in names}
+    weight = 1 / 32 + 1 / 16 + 1 / 8 + 1 / 4 + 1
+    assert appearance.feature_loss(ours, truth).tolist() == pytest.approx([weight, 2 * weight])
+
+
+def test_half_precision_features_keep_the_sign_of_the_gradient():
+    a = random(1, 4, 8, 8).bfloat16().requires_grad_()
+    b = random(1, 4, 8, 8, seed=1).bfloat16()
+    appearance.mean_difference(a, b).sum().backward()
+    assert torch.equal(a.grad.sign(), (a.detach().float() - b.float()).sign().bfloat16())
+
+
+def plain_contextual(x: np.ndarray, y: np.ndarray) -> float:
+    """-log CX of C,N and C,M feature sets in numpy, one position at a time."""
+    mean = y.mean(1, keepdims=True)
+    x, y = x - mean, y - mean
+    best = []
+    for i in range(x.shape[1]):
+        cosine = (x[:, i] @ y) / (np.linalg.norm(x[:, i]) * np.linalg.norm(y, axis=0))
+        distance = 1 - cosine
+        relative = distance / (distance.min() + 1e-3)
+        weights = np.exp((1 - relative) / 0.1)
+        best.append((weights / weights.sum()).max())
+    return -math.log(np.mean(best))
+
+
+def test_contextual_distance_agrees_with_a_plain_computation():
+    x, y = random(2, 6, 5, 4), random(2, 6, 3, 7, seed=1)
+    expected = [plain_contextual(x[b].flatten(1).double().numpy(), y[b].flatten(1).double().numpy()) for b in range(2)]
+    assert appearance.contextual_distance(x, y).tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_picture_is_at_distance_zero_from_itself_and_from_its_shuffled_self():
+    x = random(1, 32, 8, 8)
+    shuffled = x.flatten(2)[:, :, torch.randperm(64, generator=torch.Generator().manual_seed(1))].view(1, 32, 8, 8)
+    assert abs(appearance.contextual_distance(x, x).item()) < 1e-3
+    assert abs(appearance.contextual_distance(x, shuffled).item()) < 1e-3
+    assert appearance.contextual_distance(x, random(1, 32, 8, 8, seed=2)).item() > 0.5
+
+
+def test_contextual_distance_knows_no_positions():
+    x, y = random(1, 8, 6, 6), random(1, 8, 6, 6, seed=1)
+    order = torch.randperm(36, generator=torch.Generator().manual_seed(1))
+    moved_x = x.flatten(2)[:, :, order].view(1, 8, 6, 6)
+    moved_y = y.flatten(2)[:, :, order].view(1, 8, 6, 6)
+    value = appearance.contextual_distance(x, y).item()
+    assert appearance.contextual_distance(moved_x, y).item() == pytest.approx(value, rel=1e-5)
+    assert appearance.contextual_distance(x, moved_y).item() == pytest.approx(value, rel=1e-5)
+
+
+def test_contextual_loss_bounds_the_number_of_positions_and_has_a_gradient():
+    layers = {"relu3_2": 160, "relu4_2": 80, "relu5_2": 8}
+    x = {name: random(1, 4, side, side).requires_grad_() for name, side in layers.items()}
+    y = {name: random(1, 4, side, side, seed=1) for name, side in layers.items()}
+    value = appearance.contextual_loss(x, y)
+    weighted = [2 * appearance.contextual_distance(torch.nn.functional.avg_pool2d(x["relu3_2"], 4),
+                                                   torch.nn.functional.avg_pool2d(y["relu3_2"], 4)),
+                4 * appearance.contextual_distance(torch.nn.functional.avg_pool2d(x["relu4_2"], 2),
+                                                   torch.nn.functional.avg_pool2d(y["relu4_2"], 2)),
+                8 * appearance.contextual_distance(x["relu5_2"], y["relu5_2"])]
+    assert value.item() == pytest.approx(sum(weighted).item(), rel=1e-5)
+    value.sum().backward()
+    assert all(torch.isfinite(t.grad).all() and t.grad.abs().sum() > 0 for t in x.values())
+
+
+def test_hinge_is_as_printed():
+    assert adversarial.hinge(torch.tensor([-2.0, 0.0, 1.0, 5.0])).tolist() == [-3.0, -1.0, 0.0, 0.0]
+
+
+def test_adversarial_losses_of_known_scores():
+    real = [torch.tensor([2.0, 0.5]), torch.tensor([0.0])]
+    fake = [torch.tensor([-2.0, 0.0]), torch.tensor([1.0])]
+    first = (0 + 0.5) / 2 + (0 + 1) / 2
+    second = 1.0 + 2.0
+    assert adversarial.discriminator_loss(real, fake).item() == pytest.approx((first + second) / 2)
+    assert adversarial.generator_loss(fake).item() == pytest.approx((1.0 - 1.0) / 2)
+
+
+def test_total_is_the_weighted_sum_of_what_is_there():
+    weights = total.loss_weights(LossConfig(align=10, corr=100, map=1, adv=0.5))
+    parts = {"align": torch.tensor(0.1), "corr": torch.tensor(0.2), "map": torch.tensor(3.0), "adv": torch.tensor(-2.0)}
+    assert total.total_loss(parts, weights).item() == pytest.approx(1 + 20 + 3 - 1)
+
+
+def test_without_a_perceptual_network_its_losses_weigh_nothing():
+    weights = total.loss_weights(LossConfig(perceptual="none"))
+    assert weights["sem"] == weights["contextual"] == weights["feature"] == 0 and weights["align"] > 0
