@@ -17,14 +17,24 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(*arguments: object, stdin: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `cocosctl ARGUMENTS` to its end in a process of its own."""
-    return subprocess.run([*COCOSCTL, *map(str, arguments)], input=stdin, capture_output=True, text=True, timeout=240,
-                          env=clean_environment(**environment))
+    return subprocess.run(
+        [*COCOSCTL, *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=clean_environment(**environment),
+    )
 
 
 def clean_environment(**environment: str) -> dict[str, str]:
     """This process's environment: no downloads, one thread, and the sources on the path wherever the test runs."""
     paths = [str(ROOT), *filter(None, [environment.pop("PYTHONPATH", "")])]
-    return os.environ | {"COCOSCTL_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)} | environment
+    return (
+        os.environ
+        | {"COCOSCTL_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+        | environment
+    )
 
 
 def lines(text: str) -> list[dict]:
@@ -38,8 +48,12 @@ def draw_pictures(folder: Path, count: int, size: tuple[int, int] = (48, 40)) ->
     rng = np.random.default_rng(0)
     for index in range(count):
         ramp = np.linspace(0, 255, size[0], dtype=np.uint8)
-        picture = Image.fromarray(np.stack([np.tile(np.roll(ramp, 7 * index * (c + 1)), (size[1], 1)) for c in range(3)], 2))
+        picture = Image.fromarray(
+            np.stack([np.tile(np.roll(ramp, 7 * index * (c + 1)), (size[1], 1)) for c in range(3)], 2)
+        )
         x, y = rng.integers(0, size[0] // 2), rng.integers(0, size[1] // 2)
-        ImageDraw.Draw(picture).ellipse([x, y, x + size[0] // 3, y + size[1] // 3], fill=tuple(rng.integers(0, 255, 3).tolist()))
+        ImageDraw.Draw(picture).ellipse(
+            [x, y, x + size[0] // 3, y + size[1] // 3], fill=tuple(rng.integers(0, 255, 3).tolist())
+        )
         picture.save(folder / f"p{index}.png")
     return folder

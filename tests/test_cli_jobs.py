@@ -50,5 +50,7 @@ def test_a_failed_record_does_not_stop_the_others(capsys):
     assert done[2].extra == {"kept": 1} and done[2].error == "failed earlier"
     shown = capsys.readouterr()
     assert shown.out == "out/a.png\nout/b.png\n"
-    assert shown.err.splitlines() == ["cocosctl: error: bad: bad.png: not a picture\\nat all",
-                                      "cocosctl: error: before: failed earlier"]
+    assert shown.err.splitlines() == [
+        "cocosctl: error: bad: bad.png: not a picture\\nat all",
+        "cocosctl: error: before: failed earlier",
+    ]

@@ -30,8 +30,19 @@ def place(tmp_path_factory) -> Path:
         Image.open(photo).convert("L").point(lambda level: 255 * (level > 128)).save(folder / "edges" / photo.name)
     torch.manual_seed(0)
     save_model(folder / "tiny.safetensors", CoCosNet(load_config("tiny-cpu", ["data.edges=hed-small"])))
-    done = run("prepare", folder / "photos", "-o", folder / "prep", "--edges", "image", "--labels", folder / "edges",
-               "--size", 32, "--json")
+    done = run(
+        "prepare",
+        folder / "photos",
+        "-o",
+        folder / "prep",
+        "--edges",
+        "image",
+        "--labels",
+        folder / "edges",
+        "--size",
+        32,
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     assert [record["status"] for record in lines(done.stdout)] == ["ok"] * 6
     return folder
@@ -52,22 +63,37 @@ def invoke(capfd):
 
 
 def bash(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["bash", "-c", "set -o pipefail; " + script], cwd=folder, capture_output=True, text=True,
-                          timeout=240, env=clean_environment())
+    return subprocess.run(
+        ["bash", "-c", "set -o pipefail; " + script],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=clean_environment(),
+    )
 
 
 def test_the_pipe_ends_in_one_object(place):
-    done = bash(f"{CLI} prepare photos --task edge --edges image --labels edges --size 32 --limit 4 -o P --json"
-                f" | {CLI} translate -m - --weights tiny.safetensors -o T --json"
-                f" | {CLI} eval -m - --metrics swd,psnr,ssim,l1 --json", place)
+    done = bash(
+        f"{CLI} prepare photos --task edge --edges image --labels edges --size 32 --limit 4 -o P --json"
+        f" | {CLI} translate -m - --weights tiny.safetensors -o T --json"
+        f" | {CLI} eval -m - --metrics swd,psnr,ssim,l1 --json",
+        place,
+    )
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     (result,) = lines(done.stdout)
     assert result["count"] == 4 and result["failed"] == 0 and set(result["metrics"]) == {"swd", "psnr", "ssim", "l1"}
     assert len(list((place / "T").glob("*.png"))) == 4
 
 
-@pytest.mark.parametrize("command", ["prepare photos --edges image --labels edges --size 32 -o Q --json",
-                                     "translate -m prep --weights tiny.safetensors -o Q2 --json", "config show tiny-cpu"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "prepare photos --edges image --labels edges --size 32 -o Q --json",
+        "translate -m prep --weights tiny.safetensors -o Q2 --json",
+        "config show tiny-cpu",
+    ],
+)
 def test_a_reader_that_leaves_early_is_no_error(place, command):
     """141 is what `seq` or `cat` report there; the process says nothing at all of it, not even at its end."""
     done = bash(f"{CLI} {command} | head -n 1; exit ${{PIPESTATUS[0]}}", place)
@@ -77,8 +103,14 @@ def test_a_reader_that_leaves_early_is_no_error(place, command):
 
 def test_a_closed_stdout_is_found_out_at_once(place):
     """The reader is gone before the first record."""
-    process = subprocess.Popen([*COCOSCTL, "eval", "-m", "prep", "--metrics", "psnr", "--json"], cwd=place,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environment())
+    process = subprocess.Popen(
+        [*COCOSCTL, "eval", "-m", "prep", "--metrics", "psnr", "--json"],
+        cwd=place,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=clean_environment(),
+    )
     process.stdout.close()
     assert process.wait(timeout=120) in (4, 141) and "Traceback" not in process.stderr.read()
 
@@ -86,9 +118,15 @@ def test_a_closed_stdout_is_found_out_at_once(place):
 def test_records_flow_one_by_one(place):
     """The first record is out before the second is in; Ctrl-C while waiting is exit 130 and one line."""
     records = (place / "prep" / "manifest.jsonl").read_text().splitlines()
-    process = subprocess.Popen([*COCOSCTL, "translate", "-m", "-", "-w", "../tiny.safetensors", "-o", "../flow", "--json"],
-                               cwd=place / "prep", text=True, env=clean_environment(), stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*COCOSCTL, "translate", "-m", "-", "-w", "../tiny.safetensors", "-o", "../flow", "--json"],
+        cwd=place / "prep",
+        text=True,
+        env=clean_environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     for line in records[:2]:
         process.stdin.write(line + "\n")
         process.stdin.flush()
@@ -103,9 +141,12 @@ def test_bad_records_travel_on_and_exit_is_4(place, invoke, monkeypatch):
     good = json.loads((place / "prep" / "manifest.jsonl").read_text().splitlines()[0])
     monkeypatch.chdir(place / "prep")
     (place / "broken.png").write_bytes(b"")
-    records = [good | {"id": "good", "mine": [1]}, good | {"id": "no file", "exemplar": "nothing.png"},
-               good | {"id": "empty file", "condition": str(place / "broken.png")},
-               good | {"id": "earlier", "status": "error", "error": "failed before"}]
+    records = [
+        good | {"id": "good", "mine": [1]},
+        good | {"id": "no file", "exemplar": "nothing.png"},
+        good | {"id": "empty file", "condition": str(place / "broken.png")},
+        good | {"id": "earlier", "status": "error", "error": "failed before"},
+    ]
     stream = "\n".join([*map(json.dumps, records), "not json", '{"no": "id"}', ""]) + "\n"
     (place / "mixed.jsonl").write_text(stream)
     done = run("translate", "-m", "-", "-w", place / "tiny.safetensors", "-o", place / "mixed", "--json", stdin=stream)
@@ -156,18 +197,23 @@ def test_two_files_give_a_picture_of_the_conditions_proportions(place, invoke, s
     photo = place / f"{mode}{size[0]}.png"
     Image.open(place / "photos" / "p0.png").resize(size).convert(mode).save(photo)
     output = place / "two" / photo.name
-    code, out, err = invoke("translate", photo, place / "photos" / "p1.png", "-o", output, "-w", place / "tiny.safetensors")
+    code, out, err = invoke(
+        "translate", photo, place / "photos" / "p1.png", "-o", output, "-w", place / "tiny.safetensors"
+    )
     assert (code, out) == (0, f"{output}\n"), err
     made = Image.open(output)
     assert made.mode == "RGB" and abs(made.width / made.height - size[0] / size[1]) < 0.05
 
 
-@pytest.mark.parametrize("condition, exemplar, weights, code, said", [
-    ("photos/p0.png", "photos/p1.png", "nowhere", 5, "nowhere"),
-    ("photos/p0.png", "photos/p1.png", "photos/p0.png", 3, "p0.png"),
-    ("photos/absent.png", "photos/p1.png", "tiny.safetensors", 3, "absent.png"),
-    ("edges/p0.png", "tiny.safetensors", "tiny.safetensors", 3, "tiny.safetensors"),
-])
+@pytest.mark.parametrize(
+    "condition, exemplar, weights, code, said",
+    [
+        ("photos/p0.png", "photos/p1.png", "nowhere", 5, "nowhere"),
+        ("photos/p0.png", "photos/p1.png", "photos/p0.png", 3, "p0.png"),
+        ("photos/absent.png", "photos/p1.png", "tiny.safetensors", 3, "absent.png"),
+        ("edges/p0.png", "tiny.safetensors", "tiny.safetensors", 3, "tiny.safetensors"),
+    ],
+)
 def test_what_a_user_gets_wrong_is_one_line(place, invoke, monkeypatch, condition, exemplar, weights, code, said):
     monkeypatch.chdir(place)
     found, out, err = invoke("translate", condition, exemplar, "-o", "never.png", "-w", weights)
@@ -175,18 +221,25 @@ def test_what_a_user_gets_wrong_is_one_line(place, invoke, monkeypatch, conditio
     assert not (place / "never.png").exists()
 
 
-@pytest.mark.parametrize("arguments, code, said", [
-    (["translate", "-m", "absent.jsonl", "-o", "x", "-w", "tiny.safetensors"], 3, "absent.jsonl"),
-    (["translate", "edges/p0.png", "photos/p1.png", "-o", "x.txt", "-w", "tiny.safetensors"], 3, ".png"),
-    (["translate", "edges/p0.png", "photos/p1.png", "-o", "x.png", "-w", "tiny.safetensors", "--device", "gpu9"], 5, "gpu9"),
-    (["eval", "-m", "prep", "--metrics", "pnsr"], 3, "psnr"),
-    (["eval", "--outputs", "photos", "--targets", "absent", "--metrics", "psnr"], 3, "absent"),
-    (["prepare", "absent", "-o", "x"], 3, "absent"),
-    (["prepare", "photos", "-o", "x", "--set", "data.sise=3"], 3, "size"),
-    (["prepare", "photos", "-o", "x", "--edges", "canny"], 3, "canny"),
-    (["train", "no-preset", "--data", "prep", "-o", "x"], 3, "no-preset"),
-    (["train", "tiny-cpu", "--data", "absent", "-o", "x"], 3, "absent"),
-])
+@pytest.mark.parametrize(
+    "arguments, code, said",
+    [
+        (["translate", "-m", "absent.jsonl", "-o", "x", "-w", "tiny.safetensors"], 3, "absent.jsonl"),
+        (["translate", "edges/p0.png", "photos/p1.png", "-o", "x.txt", "-w", "tiny.safetensors"], 3, ".png"),
+        (
+            ["translate", "edges/p0.png", "photos/p1.png", "-o", "x.png", "-w", "tiny.safetensors", "--device", "gpu9"],
+            5,
+            "gpu9",
+        ),
+        (["eval", "-m", "prep", "--metrics", "pnsr"], 3, "psnr"),
+        (["eval", "--outputs", "photos", "--targets", "absent", "--metrics", "psnr"], 3, "absent"),
+        (["prepare", "absent", "-o", "x"], 3, "absent"),
+        (["prepare", "photos", "-o", "x", "--set", "data.sise=3"], 3, "size"),
+        (["prepare", "photos", "-o", "x", "--edges", "canny"], 3, "canny"),
+        (["train", "no-preset", "--data", "prep", "-o", "x"], 3, "no-preset"),
+        (["train", "tiny-cpu", "--data", "absent", "-o", "x"], 3, "absent"),
+    ],
+)
 def test_exit_codes(place, invoke, monkeypatch, arguments, code, said):
     monkeypatch.chdir(place)
     found, out, err = invoke(*arguments)
@@ -220,19 +273,38 @@ def test_prepare_goes_on_with_the_next_after_a_bad_picture(tmp_path):
 
 def test_warp_visualize_draws_one_picture_a_pair(place, invoke):
     output = place / "warps.png"
-    code, out, err = invoke("warp-visualize", place / "edges" / "p0.png", place / "photos" / "p1.png", "-o", output,
-                            "-w", place / "tiny.safetensors")
+    code, out, err = invoke(
+        "warp-visualize",
+        place / "edges" / "p0.png",
+        place / "photos" / "p1.png",
+        "-o",
+        output,
+        "-w",
+        place / "tiny.safetensors",
+    )
     assert (code, out) == (0, f"{output}\n"), err
     assert min(Image.open(output).size) > 32
-    code, out, _ = invoke("warp-visualize", "-m", place / "prep", "-o", place / "warps", "-w", place / "tiny.safetensors",
-                          "--limit", 2)
+    code, out, _ = invoke(
+        "warp-visualize", "-m", place / "prep", "-o", place / "warps", "-w", place / "tiny.safetensors", "--limit", 2
+    )
     assert (code, len(out.splitlines())) == (0, 2)
 
 
 def test_a_report_is_one_page(place, invoke):
     page = place / "reported" / "index.html"
-    code, out, err = invoke("translate", "-m", place / "prep", "-o", place / "reported", "-w", place / "tiny.safetensors",
-                            "--limit", 2, "--report", page)
+    code, out, err = invoke(
+        "translate",
+        "-m",
+        place / "prep",
+        "-o",
+        place / "reported",
+        "-w",
+        place / "tiny.safetensors",
+        "--limit",
+        2,
+        "--report",
+        page,
+    )
     assert code == 0 and len(out.splitlines()) == 2 and str(page) in err, err
     assert "<img" in page.read_text()
 
@@ -240,8 +312,13 @@ def test_a_report_is_one_page(place, invoke):
 def test_training_stops_on_a_signal_and_goes_on(place):
     run_folder = place / "run"
     command = ["train", "tiny-cpu", "--data", place / "prep", "-o", run_folder, "--set", "train.images=400", "--json"]
-    process = subprocess.Popen([*COCOSCTL, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=clean_environment())
+    process = subprocess.Popen(
+        [*COCOSCTL, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=clean_environment(),
+    )
     first = json.loads(process.stdout.readline())
     assert first["of"] == 400
     process.send_signal(signal.SIGTERM)

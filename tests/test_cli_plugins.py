@@ -12,7 +12,9 @@ def install(folder: Path, package: str, entry_points: str, modules: dict[str, st
     """Lay a distribution into `folder` as an installer would."""
     metadata = folder / f"{package}-1.0.dist-info"
     metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\nSummary: What {package} does.\n")
+    (metadata / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\nSummary: What {package} does.\n"
+    )
     (metadata / "entry_points.txt").write_text(f"[cocosctl.plugins]\n{entry_points}\n")
     for module, source in modules.items():
         (folder / f"{module}.py").write_text(source)
@@ -22,7 +24,12 @@ def install(folder: Path, package: str, entry_points: str, modules: dict[str, st
 @pytest.fixture
 def site(tmp_path):
     """One good package with a function and an app, and one that cannot be imported."""
-    install(tmp_path, "greeter", "greet = greeter:greet\ngreets = greeter:app\nprepare = greeter:greet", {"greeter": '''
+    install(
+        tmp_path,
+        "greeter",
+        "greet = greeter:greet\ngreets = greeter:app\nprepare = greeter:greet",
+        {
+            "greeter": '''
 import sys, typer
 print("greeter is imported", file=sys.stderr)
 app = typer.Typer()
@@ -33,9 +40,15 @@ def bye(): print("bye")
 def greet(name: str, loud: bool = False):
     """Greet somebody."""
     print(name.upper() if loud else name)
-'''})
-    install(tmp_path, "broken", "crash = broken:main\nabsent = broken_too:main\nnothing = greeter:nothing",
-            {"broken": "raise RuntimeError('out of order')"})
+'''
+        },
+    )
+    install(
+        tmp_path,
+        "broken",
+        "crash = broken:main\nabsent = broken_too:main\nnothing = greeter:nothing",
+        {"broken": "raise RuntimeError('out of order')"},
+    )
     return str(tmp_path)
 
 
@@ -69,8 +82,11 @@ def test_a_built_in_command_cannot_be_replaced(site):
 
 
 def test_plugins_list_says_what_is_there(site):
-    rows = {row["name"]: row for row in lines(run("plugins", "list", "--json", "--check", PYTHONPATH=site).stdout)
-            if row["package"] in ("greeter", "broken")}
+    rows = {
+        row["name"]: row
+        for row in lines(run("plugins", "list", "--json", "--check", PYTHONPATH=site).stdout)
+        if row["package"] in ("greeter", "broken")
+    }
     assert rows["greet"]["state"] == "loads" and "out of order" in rows["crash"]["state"]
     assert rows["prepare"]["state"].startswith("hidden")
     assert "did you mean 'greet'" in run("greeet", PYTHONPATH=site).stderr

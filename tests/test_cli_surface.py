@@ -39,8 +39,14 @@ def _lines(path: str, command) -> list[str]:
 
 def test_help_page_is_up_to_date():
     """docs/cli.md holds what the commands say; `make docs` writes it."""
-    made = subprocess.run([sys.executable, ROOT / "docs" / "make_cli.py"], capture_output=True, text=True, check=True,
-                          env=clean_environment(), cwd=ROOT).stdout
+    made = subprocess.run(
+        [sys.executable, ROOT / "docs" / "make_cli.py"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=clean_environment(),
+        cwd=ROOT,
+    ).stdout
     if made != (ROOT / "docs" / "cli.md").read_text() and version("typer").split(".")[:2] != ["0", "29"]:
         pytest.skip("docs/cli.md was made with Typer 0.29, which lays help out in its own way")
     assert made == (ROOT / "docs" / "cli.md").read_text(), "run `make docs`"
@@ -55,16 +61,26 @@ def test_help_is_quick_and_imports_no_torch():
         times.append(time.perf_counter() - start)
     assert min(times) < 0.3
 
-    report = "import sys; sys.argv[1:] = ['--help']\nfrom cocosctl.app import run\nrun(['--help'])\n" \
-             "print(sorted({m.partition('.')[0] for m in sys.modules} & {'torch', 'numpy', 'PIL', 'rich'}))"
-    shown = subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, env=clean_environment(), check=True)
+    report = (
+        "import sys; sys.argv[1:] = ['--help']\nfrom cocosctl.app import run\nrun(['--help'])\n"
+        "print(sorted({m.partition('.')[0] for m in sys.modules} & {'torch', 'numpy', 'PIL', 'rich'}))"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", report], capture_output=True, text=True, env=clean_environment(), check=True
+    )
     assert shown.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("command", ["prepare", "train", "translate", "warp-visualize", "eval", "weights list", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["prepare", "train", "translate", "warp-visualize", "eval", "weights list", "doctor"]
+)
 def test_help_of_a_command_imports_no_torch(command):
-    code = f"import sys\nfrom cocosctl.app import run\nrun({command.split()} + ['--help'])\nprint('torch' in sys.modules)"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean_environment(), check=True)
+    code = (
+        f"import sys\nfrom cocosctl.app import run\nrun({command.split()} + ['--help'])\nprint('torch' in sys.modules)"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=clean_environment(), check=True
+    )
     assert shown.stdout.splitlines()[-1] == "False"
 
 
@@ -78,19 +94,22 @@ def test_aliases_are_the_same_command(alias, name):
     assert usage.startswith(f"Usage: cocosctl {alias}") and rest == run(name, "--help").stdout.split("\n", 1)[1]
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["trnslate"], "did you mean 'translate'?"),
-    (["prepare"], "Missing argument 'SOURCE'"),
-    (["prepare", "x", "-o", "y", "--task", "mosk"], "'mosk'"),
-    (["prepare", "x", "-o", "y", "--nope"], "No such option: --nope"),
-    (["translate", "a.png", "-o", "o.png", "-w", "demo"], "CONDITION and EXEMPLAR"),
-    (["translate", "a.png", "b.png", "-m", "-", "-o", "o", "-w", "demo"], "not both"),
-    (["eval", "--metrics", "psnr"], "--outputs and --targets"),
-    (["eval", "--metrics", "psnr", "-m", "-", "--outputs", "x"], "not both"),
-    (["config"], "Missing command"),
-    (["--nope"], "No such option: --nope"),
-    (["translate", "a", "b", "-o", "c", "-w", "demo", "--limit", "none"], "valid integer"),
-])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["trnslate"], "did you mean 'translate'?"),
+        (["prepare"], "Missing argument 'SOURCE'"),
+        (["prepare", "x", "-o", "y", "--task", "mosk"], "'mosk'"),
+        (["prepare", "x", "-o", "y", "--nope"], "No such option: --nope"),
+        (["translate", "a.png", "-o", "o.png", "-w", "demo"], "CONDITION and EXEMPLAR"),
+        (["translate", "a.png", "b.png", "-m", "-", "-o", "o", "-w", "demo"], "not both"),
+        (["eval", "--metrics", "psnr"], "--outputs and --targets"),
+        (["eval", "--metrics", "psnr", "-m", "-", "--outputs", "x"], "not both"),
+        (["config"], "Missing command"),
+        (["--nope"], "No such option: --nope"),
+        (["translate", "a", "b", "-o", "c", "-w", "demo", "--limit", "none"], "valid integer"),
+    ],
+)
 def test_a_wrong_command_line_is_one_line_and_exit_2(arguments, said):
     done = run(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
@@ -134,7 +153,10 @@ def test_config_commands(tmp_path):
 
 def test_weights_list_says_what_is_where(tmp_path):
     (tmp_path / "network-bsds500.pytorch").write_bytes(b"x")
-    rows = [json.loads(line) for line in run("weights", "list", "--json", COCOSCTL_WEIGHTS_DIR=str(tmp_path)).stdout.splitlines()]
+    rows = [
+        json.loads(line)
+        for line in run("weights", "list", "--json", COCOSCTL_WEIGHTS_DIR=str(tmp_path)).stdout.splitlines()
+    ]
     by_name = {row["name"]: row for row in rows}
     assert by_name["hed"]["path"] == str(tmp_path / "network-bsds500.pytorch")
     assert {"url", "sha256", "licence", "size"} <= set(by_name["vgg19"])

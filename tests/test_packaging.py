@@ -25,23 +25,42 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
         shutil.copytree(ROOT / folder, work / folder, ignore=JUNK)
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, work)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", work / "dist", work]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--quiet",
+        "-w",
+        work / "dist",
+        work,
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    )
     assert done.returncode == 0, done.stderr
     return zipfile.ZipFile(next((work / "dist").glob("*.whl")))
 
 
 def test_every_module_is_inside(wheel):
     """The list of packages in pyproject.toml is explicit; this says when a new one was forgotten."""
-    sources = {str(path.relative_to(ROOT)) for package in ("cocosctl", "cocosnet") for path in (ROOT / package).rglob("*.py")}
+    sources = {
+        str(path.relative_to(ROOT)) for package in ("cocosctl", "cocosnet") for path in (ROOT / package).rglob("*.py")
+    }
     assert sources - set(wheel.namelist()) == set()
 
 
 def test_presets_assets_and_cards_are_inside(wheel):
-    wanted = [*(ROOT / "cocosnet" / "configs").glob("*.yaml"),
-              *(path for path in (ROOT / "cocosnet" / "assets").rglob("*") if path.is_file() and path.name[0] != ".")]
+    wanted = [
+        *(ROOT / "cocosnet" / "configs").glob("*.yaml"),
+        *(path for path in (ROOT / "cocosnet" / "assets").rglob("*") if path.is_file() and path.name[0] != "."),
+    ]
     names = {str(path.relative_to(ROOT)) for path in wanted}
-    cards = {f"cocosnet/dataset_cards/{path.relative_to(ROOT / 'datasets')}" for path in (ROOT / "datasets").rglob("*.md")}
+    cards = {
+        f"cocosnet/dataset_cards/{path.relative_to(ROOT / 'datasets')}" for path in (ROOT / "datasets").rglob("*.md")
+    }
     assert names and (names | cards) - set(wheel.namelist()) == set()
 
 
@@ -66,7 +85,9 @@ def test_what_is_imported_is_declared():
     """Every third-party import of the two packages is a dependency or an extra."""
     import ast
 
-    declared = " ".join(PROJECT["project"]["dependencies"] + sum(PROJECT["project"]["optional-dependencies"].values(), []))
+    declared = " ".join(
+        PROJECT["project"]["dependencies"] + sum(PROJECT["project"]["optional-dependencies"].values(), [])
+    )
     names = {"PIL": "pillow", "yaml": "pyyaml", "pytorch_fid": "pytorch-fid", "skimage": "scikit-image"}
     found = set()
     for path in [*(ROOT / "cocosctl").rglob("*.py"), *(ROOT / "cocosnet").rglob("*.py")]:

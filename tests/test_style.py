@@ -76,7 +76,11 @@ def test_no_assert_and_no_unsafe_loading(path):
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Assert):
             faults.append(f"{node.lineno}: assert")
-        if isinstance(node, ast.keyword) and node.arg in ("strict", "weights_only") and ast.unparse(node.value) == "False":
+        if (
+            isinstance(node, ast.keyword)
+            and node.arg in ("strict", "weights_only")
+            and ast.unparse(node.value) == "False"
+        ):
             if node.arg == "weights_only" or not _is_zip(path, node):
                 faults.append(f"{node.value.lineno}: {node.arg}=False")
         if isinstance(node, ast.ExceptHandler) and node.type is None:
@@ -89,8 +93,10 @@ def test_no_assert_and_no_unsafe_loading(path):
 def _is_zip(path: Path, keyword: ast.keyword) -> bool:
     """`zip(strict=False)` is another `strict` than that of `load_state_dict`."""
     calls = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
-    return any(ast.unparse(call.func) == "zip" and any(k.value.lineno == keyword.value.lineno for k in call.keywords)
-               for call in calls)
+    return any(
+        ast.unparse(call.func) == "zip" and any(k.value.lineno == keyword.value.lineno for k in call.keywords)
+        for call in calls
+    )
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=name)
