@@ -10,6 +10,7 @@ import torch
 from cocosnet.config import load_config
 from cocosnet.model.cocosnet import CoCosNet
 from cocosnet.model.discriminator import Discriminator
+from cocosnet.model.layers import instance_norm
 
 TINY = load_config("tiny-cpu")
 
@@ -78,6 +79,13 @@ def test_the_discriminator_judges_at_every_scale_and_every_layer_is_spectrally_n
                 discriminator.train()
                 weight = module.weight
             assert torch.linalg.matrix_norm(weight.flatten(1), 2).item() == pytest.approx(1, abs=0.05)
+
+
+def test_instance_norm_equals_pytorchs_in_value_and_gradient():
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    torch.testing.assert_close(instance_norm(x), torch.nn.functional.instance_norm(x))
+    assert torch.autograd.gradcheck(instance_norm, x)
+    assert torch.equal(instance_norm(torch.full((1, 2, 1, 1), 7.0)), torch.full((1, 2, 1, 1), 7.0))
 
 
 def test_the_papers_512_configuration_runs_forward_and_backward_at_reduced_width():
