@@ -41,7 +41,7 @@ def test_panel_of_any_proportions(sizes):
 
 
 def test_panel_shows_its_parts_unchanged():
-    """At the height of the pictures nothing is rescaled: condition, exemplar, output and finest warp are found in it."""
+    """At the height of the pictures nothing is rescaled: condition, exemplar, output and finest warp are in it."""
     condition, exemplar, image, warps, matches = panel_inputs((64, 64), (64, 64))
     pixels = np.asarray(warp_panel(condition, exemplar, image, warps, matches, height=64))
     for tensor in (condition.expand(3, -1, -1) * 2 - 1, exemplar, image, warps[-1]):

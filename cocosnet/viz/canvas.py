@@ -67,14 +67,14 @@ def titled(image: Image.Image, title: str, note: str = "") -> Image.Image:
     return canvas
 
 
-def side_by_side(images: Sequence[Image.Image], gap: int = GAP) -> Image.Image:
-    """In one row, bottoms aligned."""
-    canvas = Image.new("RGB", (sum(image.width for image in images) + gap * (len(images) - 1),
-                               max(image.height for image in images)), BACKGROUND)
-    left = 0
-    for image in images:
+def side_by_side(images: Sequence[Image.Image], widths: Sequence[int] = (), gap: int = GAP) -> Image.Image:
+    """In one row, bottoms aligned; `widths` reserves px for each (default: each its own), so that rows can line up."""
+    widths = widths or [image.width for image in images]
+    size = (sum(widths) + gap * (len(images) - 1), max(image.height for image in images))
+    canvas, left = Image.new("RGB", size, BACKGROUND), 0
+    for image, width in zip(images, widths, strict=True):
         canvas.paste(image, (left, canvas.height - image.height))
-        left += image.width + gap
+        left += width + gap
     return canvas
 
 

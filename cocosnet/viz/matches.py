@@ -30,6 +30,8 @@ def draw_matches(left: Picture, right: Picture, positions_2hw: Tensor, *, count:
                  factor: float | None = None, gap: int = GAP) -> Image.Image:
     """Two pictures side by side, with a line from each chosen pixel of the left one to its match in the right one.
 
+    A match outside the right picture (in what a network padded it with) is drawn at the nearest border.
+
     Args:
         left: picture of the field's own side (condition or output).
         right: picture that the positions point into (exemplar).
@@ -61,7 +63,8 @@ def draw_matches(left: Picture, right: Picture, positions_2hw: Tensor, *, count:
 def _to_canvas(positions_N2: Tensor, level_size: tuple[float, float], shown_size: tuple[int, int]) -> Tensor:
     """(y, x) of a level with pixel centres at integers to (x, y) of a drawing, where pixel 0 spans 0 to 1."""
     scale = torch.tensor([shown_size[1] / level_size[0], shown_size[0] / level_size[1]])
-    return ((positions_N2 + 0.5) * scale).flip(1)
+    xy = ((positions_N2 + 0.5) * scale).flip(1)
+    return torch.minimum(xy.clamp(min=0), torch.tensor(shown_size))
 
 
 def _draw_lines(canvas: Image.Image, from_xy: Tensor, to_xy: Tensor) -> None:

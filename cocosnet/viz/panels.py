@@ -66,22 +66,23 @@ def warp_panel(condition: Tensor, exemplar: Tensor, image: Tensor, warps: Sequen
     offsets = [field - pixel_grid(*field.shape[-2:]) for field in fields]
     scale = max((typical_maximum(offset) / max(offset.shape[-2:]) for offset in offsets), default=0.0)
     first = {"condition": condition_image(condition), "exemplar": to_image(exemplar), "output": to_image(image)}
-    rows = [side_by_side([titled(fit_height(tile, height), name, f"{tile.width}x{tile.height}")
-                          for name, tile in first.items()])]
+    rows = []
     for index, (warp, offset, level) in enumerate(zip(warps, offsets, matches, strict=True)):
         name = f"level {index + 1} of {len(matches)}: {warp.shape[-1]}x{warp.shape[-2]}"
-        tiles = [titled(fit_height(to_image(warp), height), name, "warp"),
-                 _flow_tile(offset, scale, height), _score_tile(level.scores[0, 0], height),
-                 _match_tile(image, exemplar, fields[index], height, lines)]
-        rows.append(side_by_side(tiles))
-    return stacked(rows)
+        rows.append([titled(fit_height(to_image(warp), height), name, "warp"),
+                     _flow_tile(offset, scale, height), _score_tile(level.scores[0, 0], height),
+                     _match_tile(image, exemplar, fields[index], height, lines)])
+    widths = [max(tile.width for tile in column) for column in zip(*rows, strict=True)]
+    top = side_by_side([titled(fit_height(tile, height), name, f"{tile.width}x{tile.height}")
+                        for name, tile in first.items()])
+    return stacked([top, *(side_by_side(row, widths) for row in rows)])
 
 
 def _flow_tile(offset_2hw: Tensor, scale: float, height: int) -> Image.Image:
     """Offsets, full colour at `scale` times the longer side of the level."""
     maximum = max(scale * max(offset_2hw.shape[-2:]), 1e-6)
     tile = fit_height(as_image(flow_colors(offset_2hw[None], maximum)[0]), height)
-    return titled(tile, "offset of best match", f"full colour {maximum:.1f} px, right red, down yellow")
+    return titled(tile, "offset of best match", f"full: {maximum:.0f} px; right red, down yellow")
 
 
 def _score_tile(score_hw: Tensor, height: int) -> Image.Image:

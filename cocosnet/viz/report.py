@@ -88,7 +88,7 @@ def write_report(path: str | Path, rows: Iterable[Row | Record], title: str, not
         title: heading and window title; plain text, as are all names (they are escaped).
         notes: paragraphs below the heading.
         metrics: what `cocosnet.metrics.evaluate` returned, shown as a table.
-        embed: put reduced pictures into the page (about 20 kB each); False links the files by paths relative to the
+        embed: put reduced pictures into the page (about 30 kB each); False links the files by paths relative to the
             page, and only ready pictures and formats that browsers do not know are put in.
 
     Raises:
