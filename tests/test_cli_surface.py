@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 
 import pytest
@@ -53,12 +53,17 @@ def test_help_page_is_up_to_date():
 
 
 def test_help_is_quick_and_imports_no_torch():
-    """Best of five, because other processes share the machine."""
+    """In processor time, which other work on the machine does not stretch; idle, it is the time on the clock."""
+
+    def seconds() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
     times = []
-    for _ in range(5):
-        start = time.perf_counter()
+    for _ in range(3):
+        start = seconds()
         assert run("--help").returncode == 0
-        times.append(time.perf_counter() - start)
+        times.append(seconds() - start)
     assert min(times) < 0.3
 
     report = (
