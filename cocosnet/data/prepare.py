@@ -93,7 +93,8 @@ def find_items(source: Path, output: Path, data: DataConfig, labels: Path | None
     if not source.is_dir():
         raise DataError(f"{shown(source)}: no such folder; give the folder that holds the photographs")
     root = source / "photos" if (source / "photos").is_dir() else source
-    photos = [photo for photo in find_images(root, exclude=output) if labels in (None, root) or labels not in photo.parents]
+    photos = [photo for photo in find_images(root, exclude=output)
+              if labels in (None, root) or labels not in photo.parents]
     if not photos:
         raise DataError(f"{shown(source)}: holds no pictures; give a folder of PNG, JPEG or WebP files")
     if data.crop == "face" and not data.landmarks:

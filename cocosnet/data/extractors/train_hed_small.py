@@ -111,7 +111,8 @@ def _batches(pictures: np.ndarray, edges: np.ndarray, plan: TrainingPlan) -> Ite
         chosen = order[step * plan.batch:(step + 1) * plan.batch]
         mirror = 1 if rng.random() < 0.5 else -1
         rows, columns = (slice(start, start + plan.patch) for start in rng.integers(0, CROP - plan.patch + 1, 2))
-        bgr = torch.from_numpy(pictures[chosen][:, rows, columns][:, :, ::mirror, ::-1].copy()).permute(0, 3, 1, 2).float()
+        patches = pictures[chosen][:, rows, columns][:, :, ::mirror, ::-1].copy()
+        bgr = torch.from_numpy(patches).permute(0, 3, 1, 2).float()
         yield bgr, torch.from_numpy(edges[chosen][:, None, rows, columns][..., ::mirror].copy()).float() / 255
 
 
