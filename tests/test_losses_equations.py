@@ -118,6 +118,13 @@ def test_contextual_distance_knows_no_positions():
     assert appearance.contextual_distance(x, moved_y).item() == pytest.approx(value, rel=1e-5)
 
 
+def test_contextual_distance_is_not_rounded_where_convolutions_are():
+    x, y = random(1, 8, 6, 6), random(1, 8, 6, 6, seed=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = appearance.contextual_distance(x, y)
+    assert torch.equal(rounded, appearance.contextual_distance(x, y))
+
+
 def test_contextual_loss_bounds_the_number_of_positions_and_has_a_gradient():
     layers = {"relu3_2": 160, "relu4_2": 80, "relu5_2": 8}
     x = {name: random(1, 4, side, side).requires_grad_() for name, side in layers.items()}

@@ -1,4 +1,4 @@
-"""The perceptual networks: their loading code on files of the right kind, their values against other implementations."""
+"""The perceptual networks: their loading code on files of the right kind, values against other implementations."""
 
 from __future__ import annotations
 

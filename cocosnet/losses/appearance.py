@@ -49,17 +49,22 @@ def contextual_distance(x: Tensor, y: Tensor) -> Tensor:
 
     Cosine distance d_ij after the channel means of y are taken off both; d_ij / (min_j d_ij + 1e-3);
     w_ij = exp((1 - d_ij) / h), normalised over j; CX is the mean over i of the largest over j. Any permutation of the
-    positions of x or of y gives the same value.
+    positions of x or of y gives the same value. Autocast does not reach in here.
     """
-    x, y = x.float().flatten(2), y.float().flatten(2)
-    mean = y.mean(2, keepdim=True)
-    x, y = F.normalize(x - mean, dim=1), F.normalize(y - mean, dim=1)
-    distance = (1 - x.transpose(1, 2) @ y).clamp(min=0)
+    with torch.autocast(x.device.type, enabled=False):
+        distance = _cosine_distances(x.float().flatten(2), y.float().flatten(2))
     relative = distance / (distance.amin(2, keepdim=True) + NEAREST_EPSILON)
     logits = (1 - relative) / BANDWIDTH
     # The largest of a softmax is exp(max - logsumexp): the matrix of the normalised weights is never made.
     similarity = torch.exp(logits.amax(2) - logits.logsumexp(2)).mean(1)
     return -torch.log(similarity)
+
+
+def _cosine_distances(x: Tensor, y: Tensor) -> Tensor:
+    """1 - cosine of all pairs of positions, about the mean of y. x B,C,N; y B,C,M; returns B,N,M, at least 0."""
+    mean = y.mean(2, keepdim=True)
+    x, y = F.normalize(x - mean, dim=1), F.normalize(y - mean, dim=1)
+    return (1 - x.transpose(1, 2) @ y).clamp(min=0)
 
 
 def _pooled(x: Tensor, name: str) -> Tensor:

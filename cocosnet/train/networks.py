@@ -39,32 +39,33 @@ class Networks:
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16)
 
 
-def build_networks(config: Config, device: torch.device, precision: torch.dtype) -> Networks:
+def build_networks(config: Config, device: torch.device, precision: torch.dtype, init: str = "") -> Networks:
     """Fresh networks on `device`. The same config and seed give the same numbers; the global generator is left alone.
+    `init`: a checkpoint that the model starts from.
 
     Raises:
-        MissingWeights, CheckpointError: the perceptual network's weights are not here, or damaged.
+        MissingWeights, CheckpointError: the perceptual network's weights, or `init`, are not here, or damaged.
     """
     name = config.loss.perceptual
     perceptual = None if name == "none" else load_perceptual(name, device, precision)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        model = initial_model(config)
+        model = initial_model(config, init)
         mapping = Mapping(config.model.encoder.out_widths)
         discriminator = Discriminator(config.data.condition_channels, config.model.discriminator)
     model, mapping, discriminator = (_placed(network, device) for network in (model, mapping, discriminator))
     return Networks(model, mapping, discriminator, perceptual, precision)
 
 
-def initial_model(config: Config) -> CoCosNet:
-    """A fresh model, or one with the weights of `train.init`, which must have the same shapes.
+def initial_model(config: Config, init: str = "") -> CoCosNet:
+    """A fresh model, or one with the weights of the checkpoint `init` (a file or a shipped name) of the same shapes.
 
     Raises:
         MissingWeights, CheckpointError: there is no such checkpoint, or it does not fit this config.
     """
     model = CoCosNet(config)
-    if config.train.init:
-        load_tensors(model, find_checkpoint(config.train.init))
+    if init:
+        load_tensors(model, find_checkpoint(init))
     return model
 
 

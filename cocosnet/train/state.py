@@ -30,6 +30,11 @@ def prune(folder: Path, pattern: str) -> None:
         old.unlink(missing_ok=True)
 
 
+def has_state(folder: Path) -> bool:
+    """Whether the folder holds any state, readable or not."""
+    return any(folder.glob("state-*.pt"))
+
+
 def newest_state(folder: Path, passed_over: Callable[[str], None]) -> dict[str, Any] | None:
     """The newest state that can be read, on the CPU; None where there is none. `passed_over` hears of damaged ones.
 

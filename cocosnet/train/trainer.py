@@ -29,7 +29,7 @@ from cocosnet.train.ema import Ema
 from cocosnet.train.networks import build_networks, pick_precision
 from cocosnet.train.runlog import Averages, RunLog, memory_mib
 from cocosnet.train.samples import sample_grid
-from cocosnet.train.state import newest_state, prune, save_state
+from cocosnet.train.state import has_state, newest_state, prune, save_state
 from cocosnet.train.steps import discriminator_step, generator_step
 
 MAY_CHANGE = ("train.images", "train.log_images", "train.sample_images", "train.save_images", "train.workers")
@@ -53,13 +53,15 @@ class Trainer:
         Stopped: SIGINT or SIGTERM; the state was saved. CocosError: the numbers have ceased to be finite.
     """
 
-    def __init__(self, config: Config, data_folder: str | Path, run_folder: str | Path, device: str | torch.device = "auto",
-                 on_tick: Callable[[dict[str, Any]], None] | None = None):
+    def __init__(self, config: Config, data_folder: str | Path, run_folder: str | Path,
+                 device: str | torch.device = "auto", on_tick: Callable[[dict[str, Any]], None] | None = None):
         self.config, self.device, self.run = config, resolve_device(device), Path(run_folder)
         self.on_tick = on_tick or (lambda tick: None)
         self.batches = StepBatches(PairDataset(data_folder, config, split="train"), config)
         self.held_out = PairDataset(data_folder, config, split="val")
-        self.networks = build_networks(config, self.device, pick_precision(config.train.precision, self.device))
+        precision = pick_precision(config.train.precision, self.device)
+        begun = has_state(self.run / "checkpoints")  # then what the run started from is not needed any more
+        self.networks = build_networks(config, self.device, precision, init="" if begun else config.train.init)
         self.optimizer_g = self._adam(self.networks.generator_parameters(), config.train.lr_g)
         self.optimizer_d = self._adam(list(self.networks.discriminator.parameters()), config.train.lr_d)
         self.ema = Ema(self.networks.model, config.train.ema_images)

@@ -1,0 +1,224 @@
+"""Whole runs of the tiny preset: what the folder holds, and that a run can be killed, stopped and damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from train_tools import prepared_folder, tiny
+
+import cocosnet
+from cocosnet.checkpoint import read_metadata
+from cocosnet.config import config_to_yaml, load_config
+from cocosnet.errors import CheckpointError, CocosError, ConfigError, MissingWeights, Stopped
+from cocosnet.train.runlog import Averages, RunLog
+from cocosnet.train.trainer import SKIP_LIMIT, Trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN = """
+    import os, signal, sys, torch
+    from cocosnet.config import load_config
+    from cocosnet.train.trainer import Trainer
+    torch.set_num_threads(1)
+    config, data, run, kill_at = sys.argv[1:]
+    def tick(values):
+        if values["images"] == int(kill_at):
+            os.kill(os.getpid(), signal.SIGKILL)
+    Trainer(load_config(config), data, run, "cpu", tick).train()
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return prepared_folder(tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A run of four steps that was left alone, and the ticks that it gave."""
+    run, ticks = tmp_path_factory.mktemp("finished"), []
+    model = Trainer(tiny(), data, run, "cpu", ticks.append).train()
+    return run, ticks, model
+
+
+def stats(run):
+    return [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+
+
+def state(run, images):
+    return torch.load(run / "checkpoints" / f"state-{images:09d}.pt", weights_only=True)
+
+
+def differences(a, b, where=""):
+    """Names of the entries of two nested states that are not the same, bit for bit."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        return [d for key in a for d in differences(a[key], b[key], f"{where}.{key}")]
+    if isinstance(a, (list, tuple)):
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{where}.{i}")]
+    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    return [] if same else [where]
+
+
+def test_the_run_folder_says_all_about_itself(finished):
+    run, ticks, model = finished
+    assert model == run / "model.safetensors"
+    assert load_config(run / "config.yaml") == tiny()
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "model-000000004.safetensors", "model-000000008.safetensors", "state-000000004.pt", "state-000000008.pt"]
+    assert [tick["images"] for tick in ticks] == [2, 4, 6, 8] and ticks[0]["of"] == 8
+    lines = stats(run)
+    assert [line["images"] for line in lines] == [2, 4, 6, 8]
+    measures = "images_per_second", "seconds", "memory_mib"
+    for key in ("total", "align", "corr", "map", "adv", "disc", "lr_g", "lr_d", *measures):
+        assert all(isinstance(line[key], float) for line in lines), key
+    assert any("warp_psnr" in line for line in lines)
+
+
+def test_the_grid_has_a_row_a_held_out_pair_and_a_column_a_stage(finished):
+    run, _, _ = finished
+    columns = 1 + 1 + 3 + 1 + 1  # condition, exemplar, the warps of three levels, output, target
+    assert Image.open(run / "samples" / "000000008.jpg").size == (columns * 36, 2 * 36)
+
+
+def test_the_averaged_model_loads_and_translates(finished):
+    run, _, path = finished
+    model = cocosnet.load_model(path, device="cpu")
+    assert model.config == tiny() and read_metadata(path)["cocosctl.images"] == "8"
+    with torch.no_grad():
+        out = model(torch.zeros(1, 1, 32, 32), torch.zeros(1, 3, 32, 32))
+    assert out.image.shape == (1, 3, 32, 32) and out.image.isfinite().all()
+
+
+def test_killed_and_resumed_is_the_same_as_left_alone_bit_for_bit(data, tmp_path, finished):
+    """SIGKILL after two of four steps, then the same command again, in processes of their own."""
+    (tmp_path / "config.yaml").write_text(config_to_yaml(tiny()))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", textwrap.dedent(RUN), tmp_path / "config.yaml", data, tmp_path / "run"]
+    killed = subprocess.run([*command, "4"], env=environment, timeout=200)
+    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "run/checkpoints/state-000000008.pt").exists()
+    subprocess.run([*command, "-1"], env=environment, timeout=200, check=True)
+    assert differences(state(tmp_path / "run", 8), state(finished[0], 8)) == []
+    assert differences(load_file(tmp_path / "run/model.safetensors"), load_file(finished[2])) == []
+
+
+def test_work_after_the_last_state_is_done_again_and_logged_once(data, tmp_path, finished):
+    class Cut(Exception):
+        pass
+
+    def cut(tick):
+        if tick["images"] == 6:
+            raise Cut
+
+    with pytest.raises(Cut):
+        Trainer(tiny(), data, tmp_path, "cpu", cut).train()
+    assert [line["images"] for line in stats(tmp_path)] == [2, 4, 6]
+    Trainer(tiny(), data, tmp_path, "cpu").train()
+    lines = stats(tmp_path)
+    assert [line["images"] for line in lines if "total" in line] == [2, 4, 6, 8]
+    assert {"images": 4, "note": "resumed"} in lines
+    assert differences(state(tmp_path, 8), state(finished[0], 8)) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_says_so(data, tmp_path, number):
+    handler = signal.getsignal(number)
+
+    def tick(values):
+        if values["images"] == 2:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(Stopped, match="stopped at 2 images"):
+        Trainer(tiny(), data, tmp_path, "cpu", tick).train()
+    assert state(tmp_path, 2)["images"] == 2
+    assert signal.getsignal(number) is handler
+
+
+def test_a_longer_run_goes_on_but_another_config_is_refused_by_name(data, tmp_path):
+    Trainer(tiny("train.images=2"), data, tmp_path, "cpu").train()
+    with pytest.raises(ConfigError, match="train.lr_g=0.0001, you ask for 0.01"):
+        Trainer(tiny("train.lr_g=0.01"), data, tmp_path, "cpu").train()
+    Trainer(tiny("train.images=4", "train.log_images=1"), data, tmp_path, "cpu").train()
+    assert state(tmp_path, 4)["images"] == 4
+    assert load_config(tmp_path / "config.yaml").train.images == 4
+
+
+def test_a_damaged_state_is_passed_over_with_a_note(data, tmp_path, finished):
+    Trainer(tiny(), data, tmp_path, "cpu").train()
+    newest = tmp_path / "checkpoints" / "state-000000008.pt"
+    newest.write_bytes(newest.read_bytes()[:5000])
+    Trainer(tiny(), data, tmp_path, "cpu").train()
+    assert any("state-000000008.pt: damaged" in line.get("note", "") for line in stats(tmp_path))
+    assert differences(state(tmp_path, 8), state(finished[0], 8)) == []
+    for path in (tmp_path / "checkpoints").glob("state-*.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="none of the 2 states can be read"):
+        Trainer(tiny(), data, tmp_path, "cpu").train()
+
+
+def test_a_run_whose_numbers_stay_not_finite_gives_up_with_its_state_saved(data, tmp_path):
+    config = tiny(*(f"train.{key}=50" for key in ("images", "save_images", "sample_images")))
+    trainer = Trainer(config, data, tmp_path, "cpu")
+    with torch.no_grad():
+        trainer.networks.mapping.to_rgb.bias.fill_(float("nan"))
+    with pytest.raises(CocosError, match="20 steps in a row were not finite"):
+        trainer.train()
+    assert state(tmp_path, 2 * SKIP_LIMIT)["skipped"] == SKIP_LIMIT
+    assert sum("step skipped" in line.get("note", "") for line in stats(tmp_path)) == SKIP_LIMIT
+
+
+def test_the_adversarial_loss_sets_in_when_it_is_told_to(data, tmp_path):
+    Trainer(tiny("train.adv_start=4"), data, tmp_path, "cpu").train()
+    assert ["adv" in line for line in stats(tmp_path)] == [False, False, True, True]
+
+
+def test_loading_processes_change_nothing(data, tmp_path, finished):
+    Trainer(tiny("train.workers=1"), data, tmp_path, "cpu").train()
+    assert differences(state(tmp_path, 8), state(finished[0], 8)) == []
+
+
+def test_a_run_can_start_from_a_model_and_does_not_need_it_again(data, tmp_path, finished):
+    model = tmp_path / "start.safetensors"
+    model.write_bytes(finished[2].read_bytes())
+    config = tiny(f"train.init={model}", "train.images=2")
+    trainer = Trainer(config, data, tmp_path / "run", "cpu")
+    assert differences(trainer.networks.model.state_dict(), load_file(model)) == []
+    trainer.train()
+    model.unlink()
+    Trainer(tiny(f"train.init={model}", "train.images=4"), data, tmp_path / "run", "cpu").train()
+    with pytest.raises(MissingWeights, match="start.safetensors"):
+        Trainer(config, data, tmp_path / "other", "cpu")
+
+
+def test_averages_leave_out_what_has_no_value():
+    averages = Averages()
+    for value in (1.0, float("nan"), 3.0):
+        averages.add({"a": torch.tensor(value), "b": torch.tensor(float("nan"))})
+    assert averages.take() == {"a": 2.0} and averages.take() == {}
+
+
+def test_the_log_drops_what_will_be_done_again_and_half_a_line(tmp_path):
+    log = RunLog(tmp_path / "stats.jsonl")
+    for images in (2, 4, 6):
+        log.write(images, {"total": float("inf")})
+    with open(log.path, "a") as stream:
+        stream.write('{"images": 8, "to')
+    log.rewind(4)
+    assert stats(tmp_path) == [{"images": 2, "total": None}, {"images": 4, "total": None}]

@@ -1,0 +1,196 @@
+"""One step: every parameter learns, numbers that are not finite change nothing, a batch is a function of its number."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from train_tools import prepared_folder, tiny
+
+from cocosnet.config import load_config
+from cocosnet.data.dataset import PairDataset
+from cocosnet.errors import DataError
+from cocosnet.losses.perceptual import Vgg, VggShape, load_perceptual
+from cocosnet.losses.total import loss_weights, total_loss
+from cocosnet.train.batches import StepBatches, make_sample, step_generator
+from cocosnet.train.ema import Ema
+from cocosnet.train.networks import build_networks, pick_precision
+from cocosnet.train.steps import discriminator_step, generator_losses, generator_step, warp_psnr
+
+CPU = torch.device("cpu")
+SMALL_VGG = VggShape(counts=(2, 2, 2, 2, 2), widths=(8,) * 5, scale=(1.0,) * 3, shift=(0.0,) * 3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return PairDataset(prepared_folder(tmp_path_factory.mktemp("prepared")), tiny(), split="train")
+
+
+def perceptual(kind, request, monkeypatch):
+    """A small random network, or a real one with the shared weights."""
+    if kind == "random":
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return Vgg(SMALL_VGG)
+    monkeypatch.setenv("COCOSCTL_WEIGHTS_DIR", str(request.getfixturevalue("shared") / "weights"))
+    return load_perceptual(kind)
+
+
+def adam(parameters):
+    return torch.optim.Adam(parameters, lr=1e-3, betas=(0.0, 0.999))
+
+
+@pytest.mark.parametrize("kind", ["random", "vgg16-caffe"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_the_whole_objective_reaches_every_parameter(pairs, request, monkeypatch, kind, precision):
+    """Eq. 19 with pseudo and other exemplars in the batch: finite, non-zero gradients in M, N (and ConvGRU), G, R."""
+    config = load_config("tiny-cpu", ["train.batch=4", "train.real_exemplars=0.5", "loss.perceptual=vgg16-caffe"])
+    networks = build_networks(tiny(), CPU, precision)
+    networks.perceptual = perceptual(kind, request, monkeypatch).to(precision)
+    batch = next(b for b in map(StepBatches(pairs, config).__getitem__, range(9)) if 0 < b.pseudo.sum() < 4).to(CPU)
+    # The last layer of a refinement starts at zero, so what feeds it learns from the second step on.
+    optimizer = adam(networks.generator_parameters())
+    assert generator_step(networks, optimizer, batch, config.loss, adversarial_on=True).applied
+    networks.model.zero_grad()
+    with networks.autocast():
+        parts, _ = generator_losses(networks, batch, config.loss, adversarial_on=True)
+    assert set(parts) == {"align", "corr", "map", "sem", "feature", "contextual", "adv"}
+    total_loss(parts, loss_weights(config.loss)).backward()
+    for part in (networks.model, networks.mapping):
+        for name, parameter in part.named_parameters():
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+            assert parameter.grad.abs().sum() > 0, name
+
+
+def test_the_discriminator_learns_and_the_generator_step_leaves_it_alone(pairs):
+    config = tiny()
+    networks, batch = build_networks(config, CPU, torch.float32), StepBatches(pairs, config)[0].to(CPU)
+    before = copy.deepcopy(dict(networks.discriminator.named_parameters()))
+    result = generator_step(networks, adam(networks.generator_parameters()), batch, config.loss, adversarial_on=True)
+    assert all(torch.equal(before[name], p) for name, p in networks.discriminator.named_parameters())
+    optimizer = adam(networks.discriminator.parameters())
+    values = [discriminator_step(networks, optimizer, batch, result.image).parts["disc"].item() for _ in range(12)]
+    assert values[-1] < values[0] - 0.05
+    assert not any(torch.equal(before[name], p) for name, p in networks.discriminator.named_parameters())
+
+
+def test_a_few_steps_on_one_batch_bring_the_losses_down(pairs):
+    config = tiny("loss.adv=0")
+    networks, batch = build_networks(config, CPU, torch.float32), StepBatches(pairs, config)[0].to(CPU)
+    optimizer = adam(networks.generator_parameters())
+    results = [generator_step(networks, optimizer, batch, config.loss, adversarial_on=False) for _ in range(25)]
+    first, last = (results[i].parts for i in (0, -1))
+    assert all(result.applied for result in results)
+    for name in ("total", "align", "map"):
+        assert last[name] < first[name], name
+    assert last["warp_psnr"] > first["warp_psnr"]
+
+
+def test_numbers_that_are_not_finite_change_nothing(pairs):
+    config = tiny()
+    networks, batch = build_networks(config, CPU, torch.float32), StepBatches(pairs, config)[0].to(CPU)
+    before = copy.deepcopy(networks.mapping.state_dict())
+    with torch.no_grad():
+        networks.model.translator.contrast.fill_(float("nan"))
+    result = generator_step(networks, adam(networks.generator_parameters()), batch, config.loss, adversarial_on=True)
+    assert not result.applied
+    assert all(torch.equal(before[name], value) for name, value in networks.mapping.state_dict().items())
+
+
+def test_warp_psnr_counts_pseudo_samples_only(pairs):
+    batch = StepBatches(pairs, tiny("train.real_exemplars=0"))[0]
+    batch.pseudo[1] = 0
+    warp = batch.image.clone().clamp(-0.9, 0.9)
+    batch.image = warp + 0.1
+    warp[1] = -1
+    assert warp_psnr(warp, batch).item() == pytest.approx(10 * torch.log10(torch.tensor(400.0)).item(), abs=1e-3)
+    batch.pseudo.zero_()
+    assert warp_psnr(warp, batch).isnan()
+
+
+def test_a_batch_is_a_function_of_seed_and_step(pairs):
+    one, two, other = (StepBatches(pairs, tiny(f"train.seed={seed}")) for seed in (1, 1, 2))
+    for name, value in vars(one[3]).items():
+        assert torch.equal(value, vars(two[3])[name])
+    assert not torch.equal(one[3].image, one[4].image) and not torch.equal(one[3].image, other[3].image)
+
+
+def test_every_epoch_takes_every_picture_once_in_another_order(pairs):
+    batches, count = StepBatches(pairs, tiny()), len(pairs)
+    epochs = [batches.order(epoch * count, count) for epoch in range(4)]
+    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert batches.order(3, count) == (epochs[0] + epochs[1])[3 : 3 + count]
+
+
+def test_shapes_ranges_and_the_share_of_pseudo_exemplars(pairs):
+    config = tiny("train.batch=5", "train.real_exemplars=0.3")
+    batches = [StepBatches(pairs, config)[step] for step in range(40)]
+    share = torch.cat([batch.pseudo for batch in batches]).mean()
+    assert 0.6 < share < 0.8
+    batch = batches[0]
+    assert batch.condition.shape == batch.exemplar_condition.shape == (5, 1, 32, 32)
+    assert batch.image.shape == batch.exemplar.shape == (5, 3, 32, 32)
+    assert batch.image.min() >= -1 and batch.image.max() <= 1
+    assert batch.condition.min() >= 0 and batch.condition.max() <= 1
+
+
+def test_a_pseudo_exemplar_is_the_picture_distorted_together_with_its_condition(pairs):
+    item = dict(pairs[0])
+    item["condition"] = item["image"][:1]  # so that the two can be compared afterwards
+    sample = make_sample(item, tiny(), pseudo=True, generator=step_generator(0, 0, 0))
+    torch.testing.assert_close(sample.exemplar[:, :1], sample.exemplar_condition)
+    assert sample.pseudo == 1 and (sample.exemplar - sample.image).abs().mean() > 0.01
+
+
+def test_another_exemplar_is_never_the_picture_itself(pairs):
+    batches = StepBatches(pairs, tiny("train.real_exemplars=1", "train.batch=8"))
+    for step in range(5):
+        batch = batches[step]
+        assert batch.pseudo.sum() == 0 and ((batch.image - batch.exemplar).abs().mean((1, 2, 3)) > 0.01).all()
+
+
+def test_a_picture_below_the_training_size_is_named(pairs):
+    with pytest.raises(DataError, match="40x44 is smaller than data.size=64"):
+        make_sample(pairs[0], tiny("data.size=64"), pseudo=True, generator=step_generator(0, 0, 0))
+
+
+def test_the_average_has_the_half_life_that_it_is_given():
+    network = torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        network.weight.fill_(0.0)
+        ema = Ema(network, half_life=100)
+        network.weight.fill_(1.0)
+    for _ in range(10):
+        ema.update(network, images=1_000_000, batch=10)
+    assert ema.network.weight.item() == pytest.approx(0.5)
+    ema.update(network, images=200, batch=10)  # early in a run the half-life is 5 % of the images seen
+    assert ema.network.weight.item() == pytest.approx(0.75)
+
+
+def test_the_settled_average_agrees_with_training_mode_once_it_has_converged(pairs):
+    """Spectral norms of averaged weights must be those weights' own; without settling they belong to the start."""
+    networks = build_networks(tiny(), CPU, torch.float32)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        for parameter in networks.model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    ema = Ema(networks.model, half_life=1)
+    settled = ema.settled()
+    weight = settled.translator.to_rgb.weight.flatten(1)
+    assert torch.linalg.matrix_norm(weight, ord=2).item() == pytest.approx(1, abs=0.02)
+    assert not settled.training
+
+
+def test_precision_by_name():
+    assert pick_precision("fp32", CPU) == torch.float32 and pick_precision("bf16", CPU) == torch.bfloat16
+    assert pick_precision("auto", CPU) in (torch.float32, torch.bfloat16)
