@@ -15,6 +15,7 @@ $(STAMP): pyproject.toml
 
 demo: install
 	$(BIN)/cocosctl translate -m demo --weights demo --raw -o demo-out --report demo-out/index.html
+	@echo "The pictures are named above; demo-out/index.html shows them side by side."
 
 test: install
 	$(BIN)/python -m pytest -q
