@@ -30,6 +30,8 @@ def test_any_sizes_go_in_and_the_conditions_size_comes_out(size, other):
         wanted = (-(-size[0] // factor), -(-size[1] // factor))
         assert warp.shape[-2:] == wanted and matches.positions.shape[-2:] == wanted
         assert warp.abs().max() <= 1 + 1e-5
+        limits = torch.tensor([-(-side // factor) - 1 for side in other]).view(1, 1, 2, 1, 1)
+        assert ((matches.positions >= 0) & (matches.positions <= limits)).all()  # inside the exemplar, not its padding
 
 
 def test_the_same_input_gives_the_same_bytes_whatever_the_global_random_state():

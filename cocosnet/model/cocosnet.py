@@ -13,6 +13,7 @@ from cocosnet.model.hierarchy import Hierarchy, Level
 from cocosnet.model.layers import pad_to_multiple
 from cocosnet.model.matches import Matches
 from cocosnet.model.translator import Translator, join_warps
+from cocosnet.model.warp import clamp_positions
 
 
 @dataclass
@@ -58,7 +59,7 @@ class CoCosNet(nn.Module):
         features_y = self.encode_image(y_b, exemplar_condition)  # Eq. 2
         levels = self.hierarchy(features_x, features_y, y_b)  # Eq. 3-8
         image = self.translate([level.warps[-1] for level in levels], x_a)  # Eq. 9-10
-        return _crop(image, levels, features_x, features_y, size)
+        return _crop(image, levels, features_x, features_y, size, exemplar.shape[-2:])
 
     def encode_condition(self, condition: Tensor) -> list[Tensor]:
         """M_A, Eq. 1: L maps of unit vectors, coarse to fine."""
@@ -90,14 +91,25 @@ class CoCosNet(nn.Module):
         return condition.shape[-2:]
 
 
-def _crop(image: Tensor, levels: list[Level], features_x: list[Tensor], features_y: list[Tensor], size: torch.Size) -> Output:
-    """Cut off what padding added: at each level, what lies beyond the original picture's share, rounded up."""
+def _crop(image: Tensor, levels: list[Level], features_x: list[Tensor], features_y: list[Tensor], size: torch.Size,
+          exemplar_size: torch.Size) -> Output:
+    """Cut off what padding added: at each level, what lies beyond the original picture's share, rounded up.
 
-    def cut(tensor: Tensor, level: int) -> Tensor:
-        factor = 2 ** (len(levels) - 1 - level)
-        return tensor[..., : -(-size[0] // factor), : -(-size[1] // factor)]
+    A match in the exemplar's padding, which repeats its border, is moved onto that border.
+    """
 
-    matches = [Matches(cut(level.matches.positions, i), cut(level.matches.scores, i)) for i, level in enumerate(levels)]
+    def share(side: int, level: int) -> int:
+        return -(-side // 2 ** (len(levels) - 1 - level))
+
+    def cut(tensor: Tensor, level: int, whole: torch.Size = size) -> Tensor:
+        return tensor[..., : share(whole[0], level), : share(whole[1], level)]
+
+    def cut_matches(matches: Matches, level: int) -> Matches:
+        limits = (share(side, level) for side in exemplar_size)
+        return Matches(clamp_positions(cut(matches.positions, level), *limits), cut(matches.scores, level))
+
     steps = [[cut(warp, i) for warp in level.warps] for i, level in enumerate(levels)]
-    return Output(image=image[..., : size[0], : size[1]], warps=[warps[-1] for warps in steps], matches=matches,
-                  iteration_warps=steps, features_x=[cut(f, i) for i, f in enumerate(features_x)], features_y=features_y)
+    return Output(image=image[..., : size[0], : size[1]], warps=[warps[-1] for warps in steps],
+                  matches=[cut_matches(level.matches, i) for i, level in enumerate(levels)], iteration_warps=steps,
+                  features_x=[cut(feature, i) for i, feature in enumerate(features_x)],
+                  features_y=[cut(feature, i, exemplar_size) for i, feature in enumerate(features_y)])
