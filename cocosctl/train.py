@@ -45,8 +45,10 @@ def train(
     from cocosnet.checkpoint import resolve_device
     from cocosnet.train.trainer import Trainer
 
-    model = Trainer(resolved, data, output, resolve_device(device), on_tick=_Ticker(out)).train()
-    out.row({"model": str(model)}, str(model))
+    trainer = Trainer(resolved, data, output, resolve_device(device), on_tick=_Ticker(out))
+    model = trainer.train()
+    if trainer.ranks.writes:
+        out.row({"model": str(model)}, str(model))
 
 
 class _Ticker:

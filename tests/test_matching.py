@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -128,6 +131,22 @@ def test_the_compiled_engine_agrees_with_the_reference(shape, seed):
         results.append([scores.detach(), *(t.grad for t in inputs)])
     for mine, theirs in zip(*results):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_the_compiled_engine_leaves_the_number_of_threads_alone():
+    """numba and PyTorch share one OpenMP; a changed number would change the order of PyTorch's sums, and their last bits."""
+    pytest.importorskip("numba")
+    program = """if True:
+        import torch
+        from cocosnet.model import compiled
+        torch.set_num_threads(1)
+        x = torch.randn(1, 4, 8, 8, requires_grad=True)
+        field = torch.rand(1, 2, 2, 8, 8) * 7
+        compiled.propagate(field, x, x)
+        compiled.evaluate(field, x, x).scores[:, :1].sum().backward()
+        print(torch.get_num_threads())"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
 
 
 def test_an_engine_that_cannot_run_is_refused_by_name():

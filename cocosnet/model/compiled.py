@@ -8,6 +8,10 @@ Layouts inside: features B,H,W,C and positions B,h,w,K,2, both contiguous, so th
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
+import numba
 import numpy as np
 import torch
 from numba import njit, prange
@@ -21,7 +25,24 @@ _FAST = {"reassoc", "contract", "nsz"}
 EMPTY = np.float32(-np.inf)
 
 
+@contextlib.contextmanager
+def _torch_threads() -> Iterator[None]:
+    """Run numba on as many threads as PyTorch uses, and leave PyTorch's number alone.
+
+    The two share one OpenMP, whose number numba sets; left changed, PyTorch would sum in another order from then on, and a
+    resumed run would differ from an undisturbed one in its last bits.
+    """
+    count = torch.get_num_threads()
+    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != count:
+            torch.set_num_threads(count)
+
+
 @torch.no_grad()
+@_torch_threads()
 def propagate(positions: Tensor, features_x: Tensor, features_y: Tensor) -> Matches:
     """`patchmatch.propagate`: the same arguments and result, up to ties and rounding of sums."""
     fx, fy = _channels_last(features_x), _channels_last(features_y)
@@ -34,6 +55,7 @@ def propagate(positions: Tensor, features_x: Tensor, features_y: Tensor) -> Matc
     return Matches(_outer(torch.from_numpy(field)), torch.from_numpy(scores).permute(0, 3, 1, 2))
 
 
+@_torch_threads()
 def evaluate(positions: Tensor, features_x: Tensor, features_y: Tensor) -> Matches:
     """`patchmatch.evaluate`: the same arguments, result and gradients."""
     positions = clamp_positions(positions, *features_y.shape[-2:])
@@ -53,6 +75,7 @@ class _Cosine(torch.autograd.Function):
         return torch.from_numpy(scores).permute(0, 3, 1, 2)
 
     @staticmethod
+    @_torch_threads()
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         positions, features_x, features_y = ctx.saved_tensors
         fx, fy, field = _channels_last(features_x), _channels_last(features_y), _inner(positions)

@@ -6,7 +6,7 @@ A batch is a function of (seed, step) alone, so a run can be stopped and resumed
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from cocosnet.data.dataset import PairDataset
 from cocosnet.data.distortion import distort
 from cocosnet.errors import DataError
 
-_ORDER, _DRAW = 0, 1  # which stream of random numbers: the order of an epoch, or the draws of a step
+_ORDER, _DRAW = 0, 1  # which stream of random numbers: the order of an epoch, or the draws for one sample
 
 
 @dataclass
@@ -49,28 +49,31 @@ def _place(value: Tensor, device: torch.device) -> Tensor:
 
 
 class StepBatches(Dataset):
-    """Batches by the number of the step, made of prepared pairs."""
+    """Batches by the number of the step, made of prepared pairs. `share` picks this process's part of a batch."""
 
-    def __init__(self, pairs: PairDataset, config: Config):
-        self.pairs, self.config = pairs, config
+    def __init__(self, pairs: PairDataset, config: Config, share: Callable[[list[int]], list[int]] = list):
+        self.pairs, self.config, self.share = pairs, config, share
         if len(pairs) == 0:
             raise DataError("there is no pair to train on; prepare more pictures or lower data.val_fraction")
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of step `step`, counted from 0. Raises DataError where a picture cannot be used."""
         size = self.config.train.batch
-        generator = step_generator(self.config.train.seed, _DRAW, step)
-        return stack([self._sample(index, generator) for index in self.order(step * size, size)])
+        positions = self.share(list(range(step * size, (step + 1) * size)))
+        return stack([self._sample(position) for position in positions])
 
     def order(self, start: int, count: int) -> list[int]:
         """Indices of `count` pictures from the run's `start`-th on. Every epoch takes all, in an order of its own."""
-        return [int(self._epoch(position // len(self.pairs))[position % len(self.pairs)])
-                for position in range(start, start + count)]
+        return [self._index(position) for position in range(start, start + count)]
+
+    def _index(self, position: int) -> int:
+        return int(self._epoch(position // len(self.pairs))[position % len(self.pairs)])
 
     def _epoch(self, epoch: int) -> Tensor:
         return torch.randperm(len(self.pairs), generator=step_generator(self.config.train.seed, _ORDER, epoch))
 
-    def _sample(self, index: int, generator: torch.Generator) -> Batch:
+    def _sample(self, position: int) -> Batch:
+        index, generator = self._index(position), step_generator(self.config.train.seed, _DRAW, position)
         real = bool(torch.rand((), generator=generator) < self.config.train.real_exemplars)
         drawn = real and self.config.train.draw_exemplars
         item = self._with_another(index, generator) if drawn else self.pairs[index]

@@ -14,6 +14,7 @@ from cocosnet.losses.perceptual import Vgg, load_perceptual
 from cocosnet.model.cocosnet import CoCosNet
 from cocosnet.model.discriminator import Discriminator
 from cocosnet.model.mapping import Mapping
+from cocosnet.train.distributed import Ranks
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Networks:
     """M, N and G in `model`; R, D and phi (None where the config names no perceptual network).
 
     precision: the type that convolutions compute in; losses and matching are float32 whatever it is.
+    ranks: the processes that hold copies of these networks and step together.
     """
 
     model: CoCosNet
@@ -28,6 +30,7 @@ class Networks:
     discriminator: Discriminator
     perceptual: Vgg | None
     precision: torch.dtype
+    ranks: Ranks = Ranks()
 
     def generator_parameters(self) -> list[nn.Parameter]:
         """What the generator's optimiser moves: encoders, matcher, translator and R."""
@@ -39,7 +42,8 @@ class Networks:
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16)
 
 
-def build_networks(config: Config, device: torch.device, precision: torch.dtype, init: str = "") -> Networks:
+def build_networks(config: Config, device: torch.device, precision: torch.dtype, init: str = "",
+                   ranks: Ranks = Ranks()) -> Networks:
     """Fresh networks on `device`. The same config and seed give the same numbers; the global generator is left alone.
     `init`: a checkpoint that the model starts from.
 
@@ -54,7 +58,7 @@ def build_networks(config: Config, device: torch.device, precision: torch.dtype,
         mapping = Mapping(config.model.encoder.out_widths)
         discriminator = Discriminator(config.data.condition_channels, config.model.discriminator)
     model, mapping, discriminator = (_placed(network, device) for network in (model, mapping, discriminator))
-    return Networks(model, mapping, discriminator, perceptual, precision)
+    return Networks(model, mapping, discriminator, perceptual, precision, ranks)
 
 
 def initial_model(config: Config, init: str = "") -> CoCosNet:

@@ -15,6 +15,7 @@ from cocosnet.losses.mapping import mapping_loss
 from cocosnet.losses.total import loss_weights, total_loss
 from cocosnet.model.cocosnet import Output
 from cocosnet.train.batches import Batch
+from cocosnet.train.distributed import Ranks
 from cocosnet.train.networks import Networks
 
 PERCEPTUAL_LAYERS = tuple(appearance.FEATURE_WEIGHTS)  # holds those of Eq. 15 and of the contextual loss
@@ -37,7 +38,7 @@ def generator_step(networks: Networks, optimizer: torch.optim.Optimizer, batch: 
     with networks.autocast():
         parts, output = generator_losses(networks, batch, config, adversarial_on=adversarial_on)
     total = total_loss(parts, loss_weights(config))
-    applied = apply_step(total, networks.generator_parameters(), optimizer)
+    applied = apply_step(total, networks.generator_parameters(), optimizer, networks.ranks)
     networks.discriminator.requires_grad_(True)
     measures = {"total": total, **parts, "warp_psnr": warp_psnr(output.warps[-1], batch)}
     return StepResult(output.image.detach(), {name: value.detach() for name, value in measures.items()}, applied)
@@ -49,7 +50,7 @@ def discriminator_step(networks: Networks, optimizer: torch.optim.Optimizer, bat
         maps = networks.discriminator(batch.condition.repeat(2, 1, 1, 1), torch.cat([batch.image, fake.detach()]))
     real, fakes = zip(*(scale[-1].chunk(2) for scale in maps), strict=True)
     loss = adversarial.discriminator_loss(real, fakes)
-    applied = apply_step(loss, list(networks.discriminator.parameters()), optimizer)
+    applied = apply_step(loss, list(networks.discriminator.parameters()), optimizer, networks.ranks)
     return StepResult(fake, {"disc": loss.detach()}, applied)
 
 
@@ -92,12 +93,16 @@ def perceptual_losses(phi: nn.Module, output: Tensor, batch: Batch) -> dict[str,
     return parts
 
 
-def apply_step(loss: Tensor, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> bool:
-    """Backward and one step of `optimizer`; False, and no step, where the loss or the gradient's norm is not finite."""
+def apply_step(loss: Tensor, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, ranks: Ranks) -> bool:
+    """Backward and one step of `optimizer`; False, and no step, where the loss or the gradient's norm is not finite.
+
+    All ranks step together or not at all.
+    """
     optimizer.zero_grad(set_to_none=True)
-    if not torch.isfinite(loss):
+    if not ranks.all(bool(torch.isfinite(loss))):
         return False
     loss.backward()
+    ranks.average_gradients(parameters)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if not torch.isfinite(norm):
         return False

@@ -25,6 +25,7 @@ from cocosnet.data.images import save_image, to_image
 from cocosnet.errors import CheckpointError, CocosError, ConfigError, Stopped
 from cocosnet.files import atomic_path, atomic_write
 from cocosnet.train.batches import Batch, StepBatches, make_sample, stack, step_generator
+from cocosnet.train.distributed import Ranks
 from cocosnet.train.ema import Ema
 from cocosnet.train.networks import build_networks, pick_precision
 from cocosnet.train.runlog import Averages, RunLog, memory_mib
@@ -56,12 +57,14 @@ class Trainer:
     def __init__(self, config: Config, data_folder: str | Path, run_folder: str | Path,
                  device: str | torch.device = "auto", on_tick: Callable[[dict[str, Any]], None] | None = None):
         self.config, self.device, self.run = config, resolve_device(device), Path(run_folder)
-        self.on_tick = on_tick or (lambda tick: None)
-        self.batches = StepBatches(PairDataset(data_folder, config, split="train"), config)
+        self.ranks = Ranks.join(self.device, config.train.batch)
+        self.on_tick = on_tick if on_tick and self.ranks.writes else lambda tick: None
+        self.batches = StepBatches(PairDataset(data_folder, config, split="train"), config, self.ranks.share)
         self.held_out = PairDataset(data_folder, config, split="val")
         precision = pick_precision(config.train.precision, self.device)
         begun = has_state(self.run / "checkpoints")  # then what the run started from is not needed any more
-        self.networks = build_networks(config, self.device, precision, init="" if begun else config.train.init)
+        self.networks = build_networks(config, self.device, precision, init="" if begun else config.train.init,
+                                       ranks=self.ranks)
         self.optimizer_g = self._adam(self.networks.generator_parameters(), config.train.lr_g)
         self.optimizer_d = self._adam(list(self.networks.discriminator.parameters()), config.train.lr_d)
         self.ema = Ema(self.networks.model, config.train.ema_images)
@@ -77,10 +80,12 @@ class Trainer:
             for batch in self._loader():
                 self.train_step(batch)
                 self._report()
-                if self.stop_signal:
+                if self.ranks.any(bool(self.stop_signal)):
                     self.save()
+                    self.ranks.leave()
                     raise Stopped(f"{self.run}: stopped at {self.images} images; run the same command again to go on")
         self.save()
+        self.ranks.leave()
         return self.run / "model.safetensors"
 
     def train_step(self, batch: Batch) -> None:
@@ -91,16 +96,18 @@ class Trainer:
         if adversarial_on and applied:
             judged = discriminator_step(self.networks, self.optimizer_d, batch, result.image)
             applied, parts = judged.applied, {**parts, **judged.parts}
-        self.images += len(batch.image)
+        self.images += self.config.train.batch
         if result.applied:
-            self.ema.update(self.networks.model, self.images, len(batch.image))
+            self.ema.update(self.networks.model, self.images, self.config.train.batch)
         self._count_skips(applied)
         if applied:
             self.averages.add(parts)
         self._last = parts
 
     def save(self) -> None:
-        """Write the state and the averaged model."""
+        """Write the state and the averaged model (rank 0; the states of all ranks are the same)."""
+        if not self.ranks.writes:
+            return
         folder = self.run / "checkpoints"
         save_state(folder, self.images, self._state())
         path = folder / f"model-{self.images:09d}.safetensors"
@@ -116,7 +123,9 @@ class Trainer:
         if state is not None:
             self._check_same_run()
             self._restore(state)
-            self.log.rewind(self.images)
+        if not self.ranks.writes:
+            return
+        self.log.rewind(self.images)
         for text in passed_over:
             self.log.note(self.images, text)
         if state is not None:
@@ -147,9 +156,9 @@ class Trainer:
     def _report(self) -> None:
         """What is due after a step: log line, samples, checkpoint, and the caller's tick."""
         train = self.config.train
-        if self._due(train.log_images):
+        if self._due(train.log_images) and self.ranks.writes:
             self._write_stats()
-        if self._due(train.sample_images):
+        if self._due(train.sample_images) and self.ranks.writes:
             self.sample()
         if self._due(train.save_images):
             self.save()
@@ -177,7 +186,7 @@ class Trainer:
     def _count_skips(self, applied: bool) -> None:
         """Give up, with the state saved, after too many steps in a row that could not be made."""
         self.skipped = 0 if applied else self.skipped + 1
-        if not applied:
+        if not applied and self.ranks.writes:
             self.log.note(self.images, "step skipped: a loss or a gradient is not finite")
         if self.skipped >= SKIP_LIMIT:
             self.save()

@@ -1,0 +1,78 @@
+"""Several processes that train one model: `torchrun` starts them, each takes its share of every batch.
+
+Gradients are averaged before the step, so all ranks make the same step from the same weights. The launcher says who is who by
+the environment (RANK, WORLD_SIZE); without it there is one process and nothing here communicates.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cocosnet.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run. `rank` counts from 0; rank 0 writes the files. By default it is alone."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @classmethod
+    def join(cls, device: torch.device, batch: int) -> Ranks:
+        """Take the place that the launcher's environment gives. Raises ConfigError where `batch` cannot be shared evenly."""
+        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if batch % size:
+            raise ConfigError(f"train.batch={batch} must be a multiple of the {size} processes")
+        if size > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(rank, size, device)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the run's files."""
+        return self.rank == 0
+
+    def share(self, items: list[int]) -> list[int]:
+        """This rank's part of a batch: every size-th item."""
+        return items[self.rank :: self.size]
+
+    def all(self, flag: bool) -> bool:
+        """Whether `flag` holds on every rank; all ranks must ask."""
+        return self._reduced(flag, dist.ReduceOp.MIN) if self.size > 1 else flag
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` holds on some rank; all ranks must ask."""
+        return self._reduced(flag, dist.ReduceOp.MAX) if self.size > 1 else flag
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace every gradient (a missing one counts as zero) by its mean over the ranks, in one exchange."""
+        if self.size == 1:
+            return
+        parameters = list(parameters)
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+        dist.all_reduce(flat)
+        flat /= self.size
+        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad.copy_(part.view_as(parameter.grad))
+
+    def leave(self) -> None:
+        """End the communication, after every rank has come here."""
+        if self.size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
+    def _reduced(self, flag: bool, how: dist.ReduceOp.RedOpType) -> bool:
+        value: Tensor = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(value, how)
+        return bool(value.item())
