@@ -14,11 +14,19 @@ from cocosctl.output import abandon_stdout, prepare_streams, say
 from cocosctl.registry import LazyGroup
 from cocosnet.errors import CocosError
 
-EPILOG = ("Data goes to stdout, everything else to stderr. Exit codes: "
-          + "; ".join(f"{code:d} {code.meaning}" for code in ExitCode) + ". COCOSCTL_DEBUG=1 shows tracebacks.")
+EPILOG = (
+    "Data goes to stdout, everything else to stderr. Exit codes: "
+    + "; ".join(f"{code:d} {code.meaning}" for code in ExitCode)
+    + ". COCOSCTL_DEBUG=1 shows tracebacks."
+)
 
-app = typer.Typer(cls=LazyGroup, add_completion=False, rich_markup_mode=None, epilog=EPILOG,
-                  context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+app = typer.Typer(
+    cls=LazyGroup,
+    add_completion=False,
+    rich_markup_mode=None,
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 
 
 def main() -> NoReturn:

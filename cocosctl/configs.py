@@ -11,8 +11,7 @@ from cocosctl import options
 from cocosctl.output import Output
 from cocosnet.config import Config, config_to_dict, config_to_yaml, load_config, preset_names
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None,
-                  help="List, show, check and compare configs.")
+app = typer.Typer(add_completion=False, rich_markup_mode=None, help="List, show, check and compare configs.")
 Source = Annotated[str, Argument(metavar="CONFIG", show_default=False, help="A preset's name or a YAML file.")]
 
 

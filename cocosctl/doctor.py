@@ -17,8 +17,13 @@ from cocosnet import __version__
 def doctor(as_json: options.Json = False, quiet: options.Quiet = False) -> None:
     """Report Python, PyTorch, devices, the speed of bf16, weights and free disk space, one `name value` a line."""
     out = Output(as_json, quiet)
-    report: dict[str, Any] = {"cocosctl": __version__, "python": platform.python_version(),
-                              "system": platform.platform(), **_torch_facts(), **_weight_facts()}
+    report: dict[str, Any] = {
+        "cocosctl": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        **_torch_facts(),
+        **_weight_facts(),
+    }
     report["disk_free_gb"] = round(shutil.disk_usage(os.getcwd()).free / 1e9, 1)
     out.result(report)
 
@@ -29,8 +34,12 @@ def _torch_facts() -> dict[str, Any]:
     import torchvision
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    facts = {"torch": torch.__version__, "torchvision": torchvision.__version__, "cpu_threads": torch.get_num_threads(),
-             "cuda": torch.cuda.get_device_name() if device == "cuda" else None}
+    facts = {
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "cpu_threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if device == "cuda" else None,
+    }
     if device == "cuda":
         facts["cuda_memory_gb"] = round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1)
     return facts | {"bf16_speedup": _bf16_speedup(device)}

@@ -21,8 +21,12 @@ Set = Annotated[
 ]
 Manifest = Annotated[
     str | None,
-    Option("--manifest", "-m", metavar="FILE",
-           help="Records to work on: a manifest, a prepared folder, - for stdin, or demo for the shipped pictures."),
+    Option(
+        "--manifest",
+        "-m",
+        metavar="FILE",
+        help="Records to work on: a manifest, a prepared folder, - for stdin, or demo for the shipped pictures.",
+    ),
 ]
 Model = Annotated[str, Option("--weights", "-w", metavar="NAME|FILE", help="The model: demo, or a .safetensors file.")]
 Raw = Annotated[bool, Option("--raw", help="The condition is a photo: extract the condition from it on the way.")]

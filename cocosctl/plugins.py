@@ -12,8 +12,7 @@ from cocosctl.output import Output
 from cocosctl.registry import Command, all_commands, load_command, plugin_commands
 from cocosnet.errors import MissingDependency
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None,
-                  help="List the commands that other packages add.")
+app = typer.Typer(add_completion=False, rich_markup_mode=None, help="List the commands that other packages add.")
 
 
 @app.callback()
@@ -43,5 +42,10 @@ def _row(command: Command, active: bool, check: bool) -> dict[str, Any]:
             state = "loads"
         except MissingDependency as error:
             state = str(error)
-    return {"name": command.name, "target": command.target, "package": command.origin, "summary": command.summary,
-            "state": state}
+    return {
+        "name": command.name,
+        "target": command.target,
+        "package": command.origin,
+        "summary": command.summary,
+        "state": state,
+    }

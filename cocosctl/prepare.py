@@ -51,8 +51,16 @@ def prepare(
         from cocosnet.checkpoint import resolve_device
         from cocosnet.data.prepare import prepare as prepare_folder
 
-        records = prepare_folder(source, output, config, limit=limit, overwrite=overwrite, labels=labels,
-                                 seed=seed or 0, device=str(resolve_device(device)))
+        records = prepare_folder(
+            source,
+            output,
+            config,
+            limit=limit,
+            overwrite=overwrite,
+            labels=labels,
+            seed=seed or 0,
+            device=str(resolve_device(device)),
+        )
     done = []
     with out.progress("pictures", limit) as advance:
         for record in records:

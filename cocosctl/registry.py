@@ -53,8 +53,10 @@ def plugin_commands() -> list[Command]:
     """The commands that installed packages declare, by name; reads their metadata and imports none of them."""
     from importlib.metadata import entry_points
 
-    found = [Command(point.name, point.value, _summary(point), point.dist.name if point.dist else "unknown")
-             for point in entry_points(group=PLUGIN_GROUP)]
+    found = [
+        Command(point.name, point.value, _summary(point), point.dist.name if point.dist else "unknown")
+        for point in entry_points(group=PLUGIN_GROUP)
+    ]
     return sorted(found, key=lambda command: (command.name, command.origin))
 
 
@@ -82,8 +84,10 @@ def load_command(command: Command) -> Any:
     except Exception as error:  # whatever a foreign module raises while it is imported
         if command.origin == BUILT_IN:
             raise
-        raise MissingDependency(f"{command.name}: the plug-in {command.target} of package {command.origin} does not "
-                                f"load ({type(error).__name__}: {error}); update or uninstall it") from error
+        raise MissingDependency(
+            f"{command.name}: the plug-in {command.target} of package {command.origin} does not "
+            f"load ({type(error).__name__}: {error}); update or uninstall it"
+        ) from error
 
 
 class LazyGroup(TyperGroup):

@@ -62,8 +62,12 @@ class _Ticker:
             self.out.row(tick, "")
         elif time.monotonic() - self.told > SECONDS_BETWEEN_LINES or tick["images"] >= tick["of"]:
             self.told = time.monotonic()
-            self.out.note("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                                    for name, value in tick.items()))
+            self.out.note(
+                "  ".join(
+                    f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                    for name, value in tick.items()
+                )
+            )
 
 
 def _describe(config: Config, out: Output) -> None:

@@ -49,9 +49,7 @@ def translate(
     finish(done, out)
 
 
-def _translation(
-    weights: str, device: str, raw: bool, size: int | None, overwrite: bool, keep_parts: bool
-) -> Step:
+def _translation(weights: str, device: str, raw: bool, size: int | None, overwrite: bool, keep_parts: bool) -> Step:
     from cocosnet.inference import Translator
 
     translator = Translator(weights, device=device, raw=raw, size=size, keep_parts=keep_parts)

@@ -9,8 +9,9 @@ import typer
 from cocosctl import options
 from cocosctl.output import Output
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None,
-                  help="Show which weights are here and where they were found.")
+app = typer.Typer(
+    add_completion=False, rich_markup_mode=None, help="Show which weights are here and where they were found."
+)
 
 
 @app.callback()

@@ -13,8 +13,12 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = ["CoCosNet", "Config", "load_config", "load_model"]
 
-_HOMES = {"CoCosNet": "cocosnet.model.cocosnet", "Config": "cocosnet.config", "load_config": "cocosnet.config",
-          "load_model": "cocosnet.checkpoint"}
+_HOMES = {
+    "CoCosNet": "cocosnet.model.cocosnet",
+    "Config": "cocosnet.config",
+    "load_config": "cocosnet.config",
+    "load_model": "cocosnet.checkpoint",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
-"""Released weights: one safetensors file with the config inside. (The trainer's resume state is another thing: `train/state.py`.)
+"""Released weights: one safetensors file with the config inside. (Resume states are another thing: `train/state.py`.)
 
-A file holds the tensors of `CoCosNet.state_dict()`, stored as bfloat16 or float32, and the metadata `cocosctl.config` (the
-config tree as JSON). It is read without running any code, and a file that does not fit is refused, never half-loaded.
+A file holds the tensors of `CoCosNet.state_dict()`, stored as bfloat16 or float32, and the metadata `cocosctl.config`
+(the config tree as JSON). It is read without running any code, and a file that does not fit is refused.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def load_tensors(model: CoCosNet, path: Path) -> None:
     model.load_state_dict(tensors)
 
 
-def save_model(path: str | Path, model: CoCosNet, metadata: dict[str, str] | None = None, *, compact: bool = False) -> None:
+def save_model(
+    path: str | Path, model: CoCosNet, metadata: dict[str, str] | None = None, *, compact: bool = False
+) -> None:
     """Write a model atomically. `metadata`: further text, such as how it was trained. `compact` stores bfloat16.
 
     Raises:
@@ -70,8 +72,10 @@ def find_checkpoint(weights: str | Path) -> Path:
     if path.is_dir() and (path / "model.safetensors").is_file():
         return path / "model.safetensors"
     if not path.is_file():
-        raise MissingWeights(f"{str(weights)!r}: no such checkpoint; give a .safetensors file, a run folder of "
-                             f"`cocosctl train`, or a shipped name: {', '.join(SHIPPED)}")
+        raise MissingWeights(
+            f"{str(weights)!r}: no such checkpoint; give a .safetensors file, a run folder of "
+            f"`cocosctl train`, or a shipped name: {', '.join(SHIPPED)}"
+        )
     return path
 
 
@@ -82,12 +86,16 @@ def read_checkpoint(path: Path) -> tuple[Config, dict[str, Tensor]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}
     except (SafetensorError, OSError, struct.error) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error}); it may be half-written or of another "
-                              "kind, fetch or train it again") from error
+        raise CheckpointError(
+            f"{path}: not a readable safetensors file ({error}); it may be half-written or of another "
+            "kind, fetch or train it again"
+        ) from error
     try:
         return config_from_dict(json.loads(metadata[CONFIG_KEY])), tensors
     except KeyError:
-        raise CheckpointError(f"{path}: holds no config under {CONFIG_KEY!r}, so it is not a CoCosNet checkpoint") from None
+        raise CheckpointError(
+            f"{path}: holds no config under {CONFIG_KEY!r}, so it is not a CoCosNet checkpoint"
+        ) from None
     except (ValueError, ConfigError) as error:
         raise CheckpointError(f"{path}: its config cannot be used: {error}") from error
 
@@ -111,20 +119,27 @@ def resolve_device(device: str) -> torch.device:
         return torch.device(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise MissingDependency(f"device {device!r} cannot be used here: {reason}; take --device cpu or auto") from error
+        raise MissingDependency(
+            f"device {device!r} cannot be used here: {reason}; take --device cpu or auto"
+        ) from error
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     tensor = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
-    return tensor.clone(memory_format=torch.contiguous_format)  # levels share a refinement; a file must not share memory
+    return tensor.clone(
+        memory_format=torch.contiguous_format
+    )  # levels share a refinement; a file must not share memory
 
 
 def _check_fit(path: Path, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
     """List what is missing, unexpected or of another shape; a checkpoint that does not fit is an error."""
     faults = [f"missing {name}" for name in wanted if name not in found]
     faults += [f"unexpected {name}" for name in found if name not in wanted]
-    faults += [f"{name} is {tuple(found[name].shape)}, expected {tuple(wanted[name].shape)}"
-               for name in wanted if name in found and found[name].shape != wanted[name].shape]
+    faults += [
+        f"{name} is {tuple(found[name].shape)}, expected {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in found and found[name].shape != wanted[name].shape
+    ]
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise CheckpointError(f"{path}: does not fit its config: {'; '.join(faults[:3])}{more}")

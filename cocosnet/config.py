@@ -48,7 +48,12 @@ class EncoderConfig:
 
     levels: int = 4  # L, levels of the pyramid; the finest is full resolution, each coarser one half of it
     stem_width: int = 32  # channels of the first convolution, at full resolution (release)
-    widths: tuple[int, ...] = (64, 128, 128, 128)  # channels from full resolution down; may go deeper than L for context
+    widths: tuple[int, ...] = (
+        64,
+        128,
+        128,
+        128,
+    )  # channels from full resolution down; may go deeper than L for context
     spade_hidden: int = 128  # hidden channels of the SPADE layers in the up path (release)
     exemplar_condition: bool = False  # M_B also sees the exemplar's own condition, as in the release (paper: y_B only)
 
@@ -121,7 +126,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class DistortionConfig:
-    """The geometric augmentation T that makes a pseudo exemplar of x_B (Section 3.4); ours, the paper gives no numbers."""
+    """The geometric augmentation T that makes a pseudo exemplar of x_B (Section 3.4); the numbers are ours."""
 
     rotate: float = 15.0  # degrees, uniform in +-
     scale: float = 0.15  # relative, uniform in +-
@@ -171,7 +176,7 @@ def preset_names() -> list[str]:
 
 
 def load_config(source: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
-    """Build the tree from a preset's name or a YAML file (None: the defaults), then apply `section.key=value` overrides.
+    """Build the tree from a preset's name or a YAML file (None: the defaults), then apply `section.key=value`s.
 
     Raises:
         ConfigError: no such preset or file, malformed YAML, an unknown key, a value of the wrong type, or values that
@@ -205,8 +210,10 @@ def _read_yaml(source: str | Path) -> dict[str, Any]:
     if path.suffix not in (".yaml", ".yml"):
         path = PRESET_FOLDER / f"{source}.yaml"
         if not path.is_file():
-            raise ConfigError(f"no preset is called {str(source)!r}{_nearest(str(source), preset_names())}; "
-                              f"the presets are {', '.join(preset_names())}")
+            raise ConfigError(
+                f"no preset is called {str(source)!r}{_nearest(str(source), preset_names())}; "
+                f"the presets are {', '.join(preset_names())}"
+            )
     try:
         tree = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -292,10 +299,14 @@ def _check(config: Config) -> None:
     _one_of("model.matching.backend", matching.backend, ("auto", "reference", "compiled"))
     _one_of("loss.perceptual", config.loss.perceptual, ("vgg19", "vgg16-caffe", "none"))
     _one_of("train.precision", config.train.precision, ("auto", "fp32", "bf16"))
-    _require(len(encoder.widths) >= encoder.levels,
-             f"model.encoder.widths must have at least levels={encoder.levels} entries, has {len(encoder.widths)}")
-    _require(len(translator.blocks) == len(translator.widths),
-             "model.translator.blocks and model.translator.widths must be of the same length")
+    _require(
+        len(encoder.widths) >= encoder.levels,
+        f"model.encoder.widths must have at least levels={encoder.levels} entries, has {len(encoder.widths)}",
+    )
+    _require(
+        len(translator.blocks) == len(translator.widths),
+        "model.translator.blocks and model.translator.widths must be of the same length",
+    )
     _require(config.distortion.tps_grid >= 2, "distortion.tps_grid must be at least 2")
     _require(config.data.task != "mask" or config.data.classes > 0, "data.classes must be set for task mask")
     for name, value in _positive_values(config):
@@ -304,11 +315,20 @@ def _check(config: Config) -> None:
 
 def _positive_values(config: Config) -> list[tuple[str, float]]:
     matching, train = config.model.matching, config.train
-    return [("data.size", config.data.size), ("model.encoder.levels", config.model.encoder.levels),
-            ("model.matching.candidates", matching.candidates), ("model.matching.temperature", matching.temperature),
-            ("model.matching.max_step", matching.max_step), ("train.batch", train.batch), ("train.images", train.images),
-            ("train.lr_g", train.lr_g), ("train.lr_d", train.lr_d), ("train.log_images", train.log_images),
-            ("train.save_images", train.save_images), ("train.sample_images", train.sample_images)]
+    return [
+        ("data.size", config.data.size),
+        ("model.encoder.levels", config.model.encoder.levels),
+        ("model.matching.candidates", matching.candidates),
+        ("model.matching.temperature", matching.temperature),
+        ("model.matching.max_step", matching.max_step),
+        ("train.batch", train.batch),
+        ("train.images", train.images),
+        ("train.lr_g", train.lr_g),
+        ("train.lr_d", train.lr_d),
+        ("train.log_images", train.log_images),
+        ("train.save_images", train.save_images),
+        ("train.sample_images", train.sample_images),
+    ]
 
 
 def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:

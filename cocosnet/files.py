@@ -31,7 +31,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
-        raise DataError(f"{path}: cannot write: {error.strerror or error}; check the folder and its free space") from error
+        raise DataError(
+            f"{path}: cannot write: {error.strerror or error}; check the folder and its free space"
+        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

@@ -49,18 +49,24 @@ class Translator:
     Args:
         weights: a shipped name, a .safetensors file or a run folder.
         device: auto, cpu, cuda or cuda:N.
-        raw: conditions are photographs; extract them on the way. For edge models a coloured picture is always taken as a
-            photograph, since an edge map is grey.
+        raw: conditions are photographs; extract them on the way. For edge models a coloured picture is always taken
+            as a photograph, since an edge map is grey.
         size: px, shorter side of the output; by default the model's own, or the condition's where that is smaller.
-        keep_parts: also write each output's condition and full-resolution warp beside it (OUT/parts/ID.*.png), and name them
-            in the record as condition_image and warp; nothing is skipped then.
+        keep_parts: also write each output's condition and full-resolution warp (OUT/parts/ID.*.png), and name them in
+            the record as condition_image and warp; nothing is skipped then.
 
     Raises:
         MissingWeights, CheckpointError, MissingDependency: as `load_model`.
     """
 
-    def __init__(self, weights: str | Path, device: str = "auto", raw: bool = False, size: int | None = None,
-                 keep_parts: bool = False):
+    def __init__(
+        self,
+        weights: str | Path,
+        device: str = "auto",
+        raw: bool = False,
+        size: int | None = None,
+        keep_parts: bool = False,
+    ):
         self.model: CoCosNet = load_model(weights, device)
         self.checkpoint, self.raw, self.size, self.keep_parts = find_checkpoint(weights), raw, size, keep_parts
         self.device = next(self.model.parameters()).device
@@ -103,8 +109,13 @@ class Translator:
 
         start = time.perf_counter()
         pair, result = self._run(record)
-        panel = warp_panel(pair.condition[0].cpu(), pair.exemplar[0].cpu(), result.image[0].cpu(),
-                           [warp[0].cpu() for warp in result.warps], [matches.cpu() for matches in result.matches])
+        panel = warp_panel(
+            pair.condition[0].cpu(),
+            pair.exemplar[0].cpu(),
+            result.image[0].cpu(),
+            [warp[0].cpu() for warp in result.warps],
+            [matches.cpu() for matches in result.matches],
+        )
         save_image(panel, output)
         seconds = round(time.perf_counter() - start, 3)
         return dataclasses.replace(record, output=str(output), status="ok", error=None, seconds=seconds)
@@ -115,7 +126,9 @@ class Translator:
             raise DataError(f"record {record.id!r}: needs a condition and an exemplar")
         condition, source = self._condition(record.condition, self.raw)
         photo = self._sized(load_rgb(record.exemplar, self._side), record.exemplar)
-        exemplar_condition = self._exemplar_condition(record, photo) if self.model.config.model.encoder.exemplar_condition else None
+        exemplar_condition = (
+            self._exemplar_condition(record, photo) if self.model.config.model.encoder.exemplar_condition else None
+        )
         return Pair(condition, to_tensor(photo)[None], exemplar_condition, source)
 
     @property
@@ -149,7 +162,9 @@ class Translator:
             raise DataError(f"record {record.id!r}: this model needs an exemplar_condition of task {self.data.task}")
         return condition_to_tensor(self.extractor(photo), self.data)[None]
 
-    def _sized(self, image: Image.Image, path: str, resample: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
+    def _sized(
+        self, image: Image.Image, path: str, resample: Image.Resampling = Image.Resampling.LANCZOS
+    ) -> Image.Image:
         """At the working size: never enlarged unless a size was asked for."""
         side = self.size or min(self.data.size, *image.size)
         return _large_enough(resize_shorter(image, side, resample), path)
@@ -212,6 +227,7 @@ def _is_coloured(path: str, side: int) -> bool:
 
 def _large_enough(image: Image.Image, path: str) -> Image.Image:
     if min(image.size) < MIN_SIDE:
-        raise DataError(f"{shown(path)}: {image.width}x{image.height} px is too small to match; use at least {MIN_SIDE} px a side")
+        raise DataError(
+            f"{shown(path)}: {image.width}x{image.height} px is too small to match; use at least {MIN_SIDE} px a side"
+        )
     return image
-

@@ -37,29 +37,48 @@ REGISTRY = {
     weight.name: weight
     for weight in (
         WeightFile(
-            name="vgg19", filename="vgg19-dcbb9e9d.pth", url="https://download.pytorch.org/models/vgg19-dcbb9e9d.pth",
+            name="vgg19",
+            filename="vgg19-dcbb9e9d.pth",
+            url="https://download.pytorch.org/models/vgg19-dcbb9e9d.pth",
             sha256="dcbb9e9dad569fff7a846263a77324fc34978fea2bfb039c012d710e1776ae44",
-            licence="BSD-3-Clause (torchvision)", size=574_673_361,
-            used_by="train with loss.perceptual: vgg19", source="torchvision, ImageNet"),
+            licence="BSD-3-Clause (torchvision)",
+            size=574_673_361,
+            used_by="train with loss.perceptual: vgg19",
+            source="torchvision, ImageNet",
+        ),
         WeightFile(
-            name="vgg16-caffe", filename="vgg16_caffe_imagenet_fp16.safetensors", url="",
+            name="vgg16-caffe",
+            filename="vgg16_caffe_imagenet_fp16.safetensors",
+            url="",
             sha256="05e27821ad04403e9f63d21d7282a0e7767cd0b4c5b0ff3d549b2a75949364fc",
-            licence="CC BY 4.0 (Oxford VGG)", size=29_431_664,
+            licence="CC BY 4.0 (Oxford VGG)",
+            size=29_431_664,
             used_by="train with loss.perceptual: vgg16-caffe; eval's semantic and style metrics",
-            source="convolutions of Oxford's Caffe VGG-16 as fp16 safetensors (keys conv{block}_{i}.{weight,bias})"),
+            source="convolutions of Oxford's Caffe VGG-16 as fp16 safetensors (keys conv{block}_{i}.{weight,bias})",
+        ),
         WeightFile(
-            name="hed", filename="hed_bsds500_fp16.safetensors", url="",
-            sha256="55a6ad7c326f3a880b585a72dae89207b8c24f1c6fce476e279eda73f885b33c", licence="MIT",
-            size=29_435_710, used_by="prepare with data.edges: hed",
+            name="hed",
+            filename="hed_bsds500_fp16.safetensors",
+            url="",
+            sha256="55a6ad7c326f3a880b585a72dae89207b8c24f1c6fce476e279eda73f885b33c",
+            licence="MIT",
+            size=29_435_710,
+            used_by="prepare with data.edges: hed",
             source="the PyTorch port of HED (github.com/sniklaus/pytorch-hed) as fp16 safetensors; its own "
-                   "network-bsds500.pytorch does as well", alternatives=("network-bsds500.pytorch",)),
+            "network-bsds500.pytorch does as well",
+            alternatives=("network-bsds500.pytorch",),
+        ),
         WeightFile(
-            name="fid-inception", filename="pt_inception-2015-12-05-6726825d.pth",
+            name="fid-inception",
+            filename="pt_inception-2015-12-05-6726825d.pth",
             url="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-                "pt_inception-2015-12-05-6726825d.pth",
+            "pt_inception-2015-12-05-6726825d.pth",
             sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
-            licence="Apache-2.0 (pytorch-fid)", size=95_628_359,
-            used_by="eval with the metric fid", source="pytorch-fid"),
+            licence="Apache-2.0 (pytorch-fid)",
+            size=95_628_359,
+            used_by="eval with the metric fid",
+            source="pytorch-fid",
+        ),
     )
 }
 
@@ -142,15 +161,18 @@ def _download(weight: WeightFile) -> Path:
 
 def _how_to_get(weight: WeightFile) -> str:
     where = weight.url or weight.source
-    return (f"the weights {weight.name!r} are not on this machine; get {weight.filename} from {where}, "
-            f"sha256 {weight.sha256}, and put it at {search_folders()[0] / weight.filename}")
+    return (
+        f"the weights {weight.name!r} are not on this machine; get {weight.filename} from {where}, "
+        f"sha256 {weight.sha256}, and put it at {search_folders()[0] / weight.filename}"
+    )
 
 
 def _verify(path: Path, expected: str, shown: str | None = None) -> None:
     found = _sha256(path, path.stat().st_size, path.stat().st_mtime_ns)
     if found != expected:
-        raise CheckpointError(f"{shown or path}: sha256 is {found}, expected {expected}; "
-                              "remove the file and get it again")
+        raise CheckpointError(
+            f"{shown or path}: sha256 is {found}, expected {expected}; remove the file and get it again"
+        )
 
 
 @functools.lru_cache(maxsize=32)

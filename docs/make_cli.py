@@ -1,6 +1,6 @@
 """Print docs/cli.md: the help of every built-in command, as `cocosctl ... --help` shows it at 100 columns.
 
-    make docs
+make docs
 """
 
 from __future__ import annotations
@@ -10,8 +10,19 @@ import subprocess
 import sys
 
 COMMANDS = (
-    "", "prepare", "train", "translate", "warp-visualize", "eval", "weights list", "config list", "config show",
-    "config validate", "config diff", "doctor", "plugins list",
+    "",
+    "prepare",
+    "train",
+    "translate",
+    "warp-visualize",
+    "eval",
+    "weights list",
+    "config list",
+    "config show",
+    "config validate",
+    "config diff",
+    "doctor",
+    "plugins list",
 )
 
 

@@ -19,7 +19,9 @@ from cocosnet.model.cocosnet import CoCosNet
 def saved(tmp_path):
     """A tiny random model and the file it was saved to."""
     torch.manual_seed(0)
-    model = CoCosNet(load_config("tiny-cpu")).eval().to(memory_format=torch.channels_last)  # the layout that loading gives
+    model = (
+        CoCosNet(load_config("tiny-cpu")).eval().to(memory_format=torch.channels_last)
+    )  # the layout that loading gives
     save_model(tmp_path / "model.safetensors", model, {"note": "random"})
     return model, tmp_path / "model.safetensors"
 
@@ -68,9 +70,19 @@ def damage(kind, path):
         save_file({**tensors, "stranger": torch.zeros(3)}, path, metadata=metadata)
 
 
-@pytest.mark.parametrize("kind, words", [
-    ("truncated", "not a readable"), ("empty", "not a readable"), ("pickle", "not a readable"), ("no config", "holds no config"),
-    ("broken config", "stem_width"), ("missing tensor", "missing"), ("wrong shape", "expected"), ("extra tensor", "unexpected stranger")])
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("truncated", "not a readable"),
+        ("empty", "not a readable"),
+        ("pickle", "not a readable"),
+        ("no config", "holds no config"),
+        ("broken config", "stem_width"),
+        ("missing tensor", "missing"),
+        ("wrong shape", "expected"),
+        ("extra tensor", "unexpected stranger"),
+    ],
+)
 def test_a_checkpoint_that_does_not_fit_is_an_error_of_one_line(saved, kind, words):
     damage(kind, saved[1])
     with pytest.raises(CheckpointError, match=words) as caught:
@@ -87,4 +99,6 @@ def test_missing_weights_and_devices_name_the_remedy(saved, tmp_path):
 
 
 def test_the_config_inside_is_the_whole_tree(saved):
-    assert dataclasses.asdict(cocosnet.load_model(saved[1], device="cpu").config) == dataclasses.asdict(load_config("tiny-cpu"))
+    assert dataclasses.asdict(cocosnet.load_model(saved[1], device="cpu").config) == dataclasses.asdict(
+        load_config("tiny-cpu")
+    )

@@ -149,8 +149,11 @@ def test_another_exemplar_can_be_drawn(prepared: Path) -> None:
 
 
 def test_folders_that_do_not_fit_are_refused(prepared: Path, tmp_path: Path) -> None:
-    for config, reason in ((DataConfig(task="edge", size=32), "task"), (DataConfig(task="mask", classes=12), "512"),
-                           (DataConfig(task="mask", classes=2, size=32), "classes")):
+    for config, reason in (
+        (DataConfig(task="edge", size=32), "task"),
+        (DataConfig(task="mask", classes=12), "512"),
+        (DataConfig(task="mask", classes=2, size=32), "classes"),
+    ):
         with pytest.raises(DataError, match=reason):
             PairDataset(prepared, Config(data=config))
     with pytest.raises(DataError, match="cocosctl prepare"):

@@ -41,8 +41,12 @@ def one_line(error: pytest.ExceptionInfo) -> str:
 
 def test_damaged_files_name_themselves(tmp_path: Path, photo: Path) -> None:
     content = photo.read_bytes()
-    cases = {"empty.jpg": b"", "text.png": b"hello\n" * 100, "cut.jpg": content[: len(content) // 2],
-             "head.jpg": content[:30]}
+    cases = {
+        "empty.jpg": b"",
+        "text.png": b"hello\n" * 100,
+        "cut.jpg": content[: len(content) // 2],
+        "head.jpg": content[:30],
+    }
     for name, data in cases.items():
         path = tmp_path / name
         path.write_bytes(data)
@@ -91,12 +95,18 @@ def test_every_mode_becomes_rgb_of_about_the_same_pixels(tmp_path: Path, photo: 
     sixteen = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
     fractions = Image.fromarray(np.asarray(image.convert("L")).astype(np.float32) / 255)
     transparent = image.convert("RGBA")
-    cases = [("cmyk.jpg", image.convert("CMYK"), rgb, 4), ("palette.png", image.quantize(256), rgb, 6),
-             ("palette.gif", image.quantize(256), rgb, 6), ("alpha.png", transparent, rgb, 0),
-             ("gray-alpha.png", image.convert("LA"), gray[..., None], 0),
-             ("sixteen.png", sixteen, gray[..., None], 0.6), ("sixteen.tif", sixteen, gray[..., None], 0.6),
-             ("photo.webp", image, rgb, 8), ("float.tif", fractions, gray[..., None], 0.6),
-             ("ycc.tif", image.convert("YCbCr"), rgb, 2)]
+    cases = [
+        ("cmyk.jpg", image.convert("CMYK"), rgb, 4),
+        ("palette.png", image.quantize(256), rgb, 6),
+        ("palette.gif", image.quantize(256), rgb, 6),
+        ("alpha.png", transparent, rgb, 0),
+        ("gray-alpha.png", image.convert("LA"), gray[..., None], 0),
+        ("sixteen.png", sixteen, gray[..., None], 0.6),
+        ("sixteen.tif", sixteen, gray[..., None], 0.6),
+        ("photo.webp", image, rgb, 8),
+        ("float.tif", fractions, gray[..., None], 0.6),
+        ("ycc.tif", image.convert("YCbCr"), rgb, 2),
+    ]
     for name, picture, truth, tolerance in cases:
         picture.save(tmp_path / name)
         loaded = load_rgb(tmp_path / name)
@@ -117,8 +127,15 @@ def test_transparency_lies_over_white(tmp_path: Path) -> None:
 def test_exif_turns_the_picture_upright(tmp_path: Path, orientation: int) -> None:
     upright = Image.new("RGB", (40, 20), "black")
     upright.paste((255, 0, 0), (0, 0, 10, 10))
-    undo = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
-            7: "TRANSVERSE", 8: "ROTATE_270"}
+    undo = {
+        2: "FLIP_LEFT_RIGHT",
+        3: "ROTATE_180",
+        4: "FLIP_TOP_BOTTOM",
+        5: "TRANSPOSE",
+        6: "ROTATE_90",
+        7: "TRANSVERSE",
+        8: "ROTATE_270",
+    }
     stored = upright.transpose(Image.Transpose[undo[orientation]]) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -169,8 +186,9 @@ def test_resize_shorter_agrees_with_scikit_image(photo: Path) -> None:
     assert np.abs(ours - theirs).mean() < 0.01
 
 
-@pytest.mark.parametrize(("size", "result"), [((100, 300), (64, 192)), ((97, 131), (64, 86)), ((1, 1), (64, 64)),
-                                              ((3, 1), (192, 64))])
+@pytest.mark.parametrize(
+    ("size", "result"), [((100, 300), (64, 192)), ((97, 131), (64, 86)), ((1, 1), (64, 64)), ((3, 1), (192, 64))]
+)
 def test_resize_shorter_keeps_proportions(size: tuple[int, int], result: tuple[int, int]) -> None:
     assert resize_shorter(Image.new("RGB", size), 64).size == result
 

@@ -110,8 +110,10 @@ def test_the_shipped_file_is_small_and_says_what_it_is() -> None:
 def test_hed_small_agrees_with_hed_on_pictures_it_never_saw(shared: Path, folder: str, side: int) -> None:
     hed, small = get_extractor("hed"), get_extractor("hed-small")
     photos = [photo for photo in find_images(shared / "data" / folder) if is_held_out(photo, TrainingPlan.held_out)][:4]
-    pairs = [[np.asarray(extractor(load_rgb(photo), side), dtype=float) / 255 for extractor in (small, hed)]
-             for photo in photos]
+    pairs = [
+        [np.asarray(extractor(load_rgb(photo), side), dtype=float) / 255 for extractor in (small, hed)]
+        for photo in photos
+    ]
     assert np.mean([np.abs(ours - theirs).mean() for ours, theirs in pairs]) < HELD_OUT_L1
     assert np.mean([f_measure(ours, theirs) for ours, theirs in pairs]) > HELD_OUT_F
 
@@ -159,6 +161,8 @@ def test_training_learns_and_repeats(shared: Path, weights: Path, tmp_path: Path
     with np.load(tmp_path / "pairs.npz") as stored:
         pictures, edges = stored["pictures"], stored["edges"]
     bgr, target = bgr_tensor(Image.fromarray(pictures[0])), torch.from_numpy(edges[0]).float() / 255
-    errors = [(network(bgr)[0, 0] - target).abs().mean().item()
-              for network in (HedSmall().eval(), train(pictures, edges, plan))]
+    errors = [
+        (network(bgr)[0, 0] - target).abs().mean().item()
+        for network in (HedSmall().eval(), train(pictures, edges, plan))
+    ]
     assert errors[1] < errors[0]

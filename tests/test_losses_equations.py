@@ -130,11 +130,17 @@ def test_contextual_loss_bounds_the_number_of_positions_and_has_a_gradient():
     x = {name: random(1, 4, side, side).requires_grad_() for name, side in layers.items()}
     y = {name: random(1, 4, side, side, seed=1) for name, side in layers.items()}
     value = appearance.contextual_loss(x, y)
-    weighted = [2 * appearance.contextual_distance(torch.nn.functional.avg_pool2d(x["relu3_2"], 4),
-                                                   torch.nn.functional.avg_pool2d(y["relu3_2"], 4)),
-                4 * appearance.contextual_distance(torch.nn.functional.avg_pool2d(x["relu4_2"], 2),
-                                                   torch.nn.functional.avg_pool2d(y["relu4_2"], 2)),
-                8 * appearance.contextual_distance(x["relu5_2"], y["relu5_2"])]
+    weighted = [
+        2
+        * appearance.contextual_distance(
+            torch.nn.functional.avg_pool2d(x["relu3_2"], 4), torch.nn.functional.avg_pool2d(y["relu3_2"], 4)
+        ),
+        4
+        * appearance.contextual_distance(
+            torch.nn.functional.avg_pool2d(x["relu4_2"], 2), torch.nn.functional.avg_pool2d(y["relu4_2"], 2)
+        ),
+        8 * appearance.contextual_distance(x["relu5_2"], y["relu5_2"]),
+    ]
     assert value.item() == pytest.approx(sum(weighted).item(), rel=1e-5)
     value.sum().backward()
     assert all(torch.isfinite(t.grad).all() and t.grad.abs().sum() > 0 for t in x.values())

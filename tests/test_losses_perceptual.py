@@ -27,8 +27,11 @@ def test_vgg19_of_torchvision(tmp_path):
         torch.manual_seed(0)
         theirs = models.vgg19(weights=None).features.eval()
     path = tmp_path / "vgg19.pth"
-    torch.save({f"features.{name}": value for name, value in theirs.state_dict().items()}
-               | {"classifier.0.bias": torch.zeros(3)}, path)
+    torch.save(
+        {f"features.{name}": value for name, value in theirs.state_dict().items()}
+        | {"classifier.0.bias": torch.zeros(3)},
+        path,
+    )
     ours = Vgg(VGG19)
     load_vgg(ours, path)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -52,11 +55,15 @@ def test_vgg16_caffe_against_the_bare_tensors(shared, monkeypatch):
     for block, count in enumerate((2, 2, 3, 3, 3), start=1):
         x = F.max_pool2d(x, 2) if block > 1 else x
         for i in range(1, count + 1):
-            x = F.relu(F.conv2d(x, tensors[f"conv{block}_{i}.weight"].float(),
-                                tensors[f"conv{block}_{i}.bias"].float(), padding=1))
+            x = F.relu(
+                F.conv2d(
+                    x, tensors[f"conv{block}_{i}.weight"].float(), tensors[f"conv{block}_{i}.bias"].float(), padding=1
+                )
+            )
             if (name := f"relu{block}_{i}") in found:
-                torch.testing.assert_close(found[name] * VGG16_CAFFE.units[name], x, rtol=1e-3,
-                                           atol=1e-4 * float(x.abs().max()))
+                torch.testing.assert_close(
+                    found[name] * VGG16_CAFFE.units[name], x, rtol=1e-3, atol=1e-4 * float(x.abs().max())
+                )
 
 
 def test_vgg16_activations_on_a_photograph_are_near_one(shared, monkeypatch):

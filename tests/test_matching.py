@@ -1,4 +1,4 @@
-"""Matching: the exact level, propagation, distinct candidates, engines that agree, and gradients that reach the offsets."""
+"""Matching: the exact level, propagation, distinct candidates, engines that agree, gradients of the offsets."""
 
 from __future__ import annotations
 
@@ -70,8 +70,12 @@ def brute_force_pass(positions, x, y, axis):
                     row, column = min(max(row, 0), bottom), min(max(column, 0), right)
                     r0, c0 = min(int(row), max(bottom - 1, 0)), min(int(column), max(right - 1, 0))
                     r1, c1, v, u = min(r0 + 1, bottom), min(c0 + 1, right), row - r0, column - c0
-                    f = ((1 - v) * (1 - u) * y[:, r0, c0] + (1 - v) * u * y[:, r0, c1]
-                         + v * (1 - u) * y[:, r1, c0] + v * u * y[:, r1, c1])
+                    f = (
+                        (1 - v) * (1 - u) * y[:, r0, c0]
+                        + (1 - v) * u * y[:, r0, c1]
+                        + v * (1 - u) * y[:, r1, c0]
+                        + v * u * y[:, r1, c1]
+                    )
                     score = float(x[:, i, j] @ f)
                     pixel = (round(row), round(column))
                     if pixel not in best or score > best[pixel][0]:
@@ -90,7 +94,7 @@ def test_a_propagation_pass_equals_its_description_pixel_by_pixel(axis):
         for k, (score, row, column) in enumerate(best):
             assert matches.scores[0, k, i, j].item() == pytest.approx(score, abs=1e-5)
             assert matches.positions[0, k, :, i, j].tolist() == pytest.approx([row, column], abs=1e-5)
-        assert torch.isinf(matches.scores[0, len(best):, i, j]).all()
+        assert torch.isinf(matches.scores[0, len(best) :, i, j]).all()
 
 
 def test_one_good_match_spreads_along_its_row_and_column():
@@ -105,8 +109,15 @@ def test_one_good_match_spreads_along_its_row_and_column():
     assert torch.equal(positions[0, 0, :, :10, :9], truth)
 
 
-shapes = st.tuples(st.integers(1, 2), st.integers(2, 9), st.integers(1, 6), st.integers(1, 9), st.integers(1, 9),
-                   st.integers(1, 9), st.integers(1, 9))
+shapes = st.tuples(
+    st.integers(1, 2),
+    st.integers(2, 9),
+    st.integers(1, 6),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(1, 9),
+)
 
 
 @given(shapes, st.integers(0, 1000))
@@ -134,7 +145,7 @@ def test_the_compiled_engine_agrees_with_the_reference(shape, seed):
 
 
 def test_the_compiled_engine_leaves_the_number_of_threads_alone():
-    """numba and PyTorch share one OpenMP; a changed number would change the order of PyTorch's sums, and their last bits."""
+    """numba and PyTorch share one OpenMP; a changed number changes the order, and so the last bits, of sums."""
     pytest.importorskip("numba")
     program = """if True:
         import torch
@@ -204,6 +215,8 @@ def test_the_warp_teaches_the_refinement_where_to_look():
 
 def test_scores_pass_numerical_gradient_checks():
     x, y = (unit(s, 1, 3, 3, 3, dtype=torch.float64).requires_grad_() for s in (1, 2))
-    positions = (torch.rand(1, 2, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * 0.3 + 0.1)
+    positions = torch.rand(1, 2, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * 0.3 + 0.1
     positions[:, 1] += 1  # another pixel, so that neither is a duplicate
-    assert torch.autograd.gradcheck(lambda p, a, b: patchmatch.evaluate(p, a, b).scores, (positions.requires_grad_(), x, y))
+    assert torch.autograd.gradcheck(
+        lambda p, a, b: patchmatch.evaluate(p, a, b).scores, (positions.requires_grad_(), x, y)
+    )

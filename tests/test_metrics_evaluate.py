@@ -64,16 +64,18 @@ def test_hostile_records_fail_alone_and_the_rest_goes_on(folders):
     Image.new("RGB", (41, 32)).save(folders / "wide.png")
     Image.new("RGB", (8, 8)).save(folders / "tiny.png")
     target = good[0].target
-    bad = [Record(id="empty", output=str(folders / "empty.png"), target=target),
-           Record(id="cut", output=str(folders / "cut.png"), target=target),
-           Record(id="text", output=str(folders / "text.png"), target=target),
-           Record(id="wide", output=str(folders / "wide.png"), target=target),
-           Record(id="gone", output=str(folders / "gone.png"), target=target),
-           Record(id="folder", output=str(folders), target=target),
-           Record(id="no target", output=target),
-           Record(id="tiny", output=str(folders / "tiny.png"), target=str(folders / "tiny.png")),
-           Record(id="earlier", output=target, target=target, status="error", error="no such photo"),
-           *iter_records(["not json"])]
+    bad = [
+        Record(id="empty", output=str(folders / "empty.png"), target=target),
+        Record(id="cut", output=str(folders / "cut.png"), target=target),
+        Record(id="text", output=str(folders / "text.png"), target=target),
+        Record(id="wide", output=str(folders / "wide.png"), target=target),
+        Record(id="gone", output=str(folders / "gone.png"), target=target),
+        Record(id="folder", output=str(folders), target=target),
+        Record(id="no target", output=target),
+        Record(id="tiny", output=str(folders / "tiny.png"), target=str(folders / "tiny.png")),
+        Record(id="earlier", output=target, target=target, status="error", error="no such photo"),
+        *iter_records(["not json"]),
+    ]
     result = evaluate([*bad[:5], *good, *bad[5:]], ["psnr", "swd"])
     assert result["count"] == 5 and result["failed"] == len(bad)
     assert result["metrics"]["psnr"]["value"] == pytest.approx(expected_psnr(folders, range(5)))
@@ -96,7 +98,7 @@ def test_a_pair_counts_for_all_metrics_or_none(folders):
 
 
 def test_skipped_records_are_measured(folders):
-    """"skipped" means that an up-to-date output was already there."""
+    """ "skipped" means that an up-to-date output was already there."""
     record = records_from_folders(folders / "out", folders / "true")[0]
     record.status = "skipped"
     assert evaluate([record], ["l1"])["count"] == 1
@@ -176,7 +178,8 @@ def plugin(tmp_path, monkeypatch):
     (site / "toy_metrics.py").write_text(PLUGIN)
     (site / "toy-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
     (site / "toy-1.0.dist-info/entry_points.txt").write_text(
-        "[cocosctl.metrics]\ntoy-style = toy_metrics:Style\ntoy-broken = toy_absent:Thing\npsnr = toy_absent:Thing\n")
+        "[cocosctl.metrics]\ntoy-style = toy_metrics:Style\ntoy-broken = toy_absent:Thing\npsnr = toy_absent:Thing\n"
+    )
     monkeypatch.syspath_prepend(str(site))
     yield
     sys.modules.pop("toy_metrics", None)

@@ -118,8 +118,9 @@ def inception_home(random_inception, monkeypatch):
     """Random weights that the registry takes for the real ones."""
     entry = weights.REGISTRY["fid-inception"]
     content = (random_inception / "hub/checkpoints" / entry.filename).read_bytes()
-    monkeypatch.setitem(weights.REGISTRY, "fid-inception",
-                        dataclasses.replace(entry, sha256=hashlib.sha256(content).hexdigest()))
+    monkeypatch.setitem(
+        weights.REGISTRY, "fid-inception", dataclasses.replace(entry, sha256=hashlib.sha256(content).hexdigest())
+    )
     monkeypatch.setenv("TORCH_HOME", str(random_inception))
     monkeypatch.delenv("COCOSCTL_WEIGHTS_DIR", raising=False)
     monkeypatch.setenv("COCOSCTL_OFFLINE", "1")
@@ -167,7 +168,8 @@ def test_missing_and_wrong_weights_are_named(tmp_path, monkeypatch):
         get_metric("fid")
     torch.save({"fc.weight": torch.zeros(3)}, tmp_path / entry.filename)
     content = (tmp_path / entry.filename).read_bytes()
-    monkeypatch.setitem(weights.REGISTRY, "fid-inception",
-                        dataclasses.replace(entry, sha256=hashlib.sha256(content).hexdigest()))
+    monkeypatch.setitem(
+        weights.REGISTRY, "fid-inception", dataclasses.replace(entry, sha256=hashlib.sha256(content).hexdigest())
+    )
     with pytest.raises(CheckpointError, match="not pytorch-fid's Inception weights"):
         get_metric("fid")

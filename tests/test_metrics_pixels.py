@@ -22,8 +22,9 @@ def pictures(seed: int, size: tuple[int, int] = (37, 52), count: int = 3) -> tup
 
 
 def reference_ssim(first: np.ndarray, second: np.ndarray) -> float:
-    return structural_similarity(first, second, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
-                                 data_range=255, channel_axis=-1)
+    return structural_similarity(
+        first, second, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255, channel_axis=-1
+    )
 
 
 def tensor(array: np.ndarray) -> torch.Tensor:

@@ -21,7 +21,9 @@ def build(config=TINY, seed=0):
     return CoCosNet(config)
 
 
-@pytest.mark.parametrize("size, other", [((32, 32), (32, 32)), ((33, 47), (29, 18)), ((97, 13), (8, 64)), ((5, 9), (4, 4))])
+@pytest.mark.parametrize(
+    "size, other", [((32, 32), (32, 32)), ((33, 47), (29, 18)), ((97, 13), (8, 64)), ((5, 9), (4, 4))]
+)
 def test_any_sizes_go_in_and_the_conditions_size_comes_out(size, other):
     out = build().eval()(torch.rand(1, 1, *size), torch.rand(1, 3, *other) * 2 - 1)
     assert out.image.shape == (1, 3, *size) and out.image.abs().max() <= 1
@@ -51,10 +53,14 @@ def test_a_picture_is_translated_alike_alone_and_in_a_batch():
     assert ((together - alone).abs().amax(0) < 1e-3).float().mean() > 0.95
 
 
-@pytest.mark.parametrize("condition, exemplar, words", [
-    ((1, 2, 32, 32), (1, 3, 32, 32), "condition: expected B,1,H,W, got 1,2,32,32"),
-    ((1, 1, 32, 32), (3, 32, 32), "exemplar: expected B,3,H,W"),
-    ((2, 1, 32, 32), (1, 3, 32, 32), "2 conditions but 1 exemplars")])
+@pytest.mark.parametrize(
+    "condition, exemplar, words",
+    [
+        ((1, 2, 32, 32), (1, 3, 32, 32), "condition: expected B,1,H,W, got 1,2,32,32"),
+        ((1, 1, 32, 32), (3, 32, 32), "exemplar: expected B,3,H,W"),
+        ((2, 1, 32, 32), (1, 3, 32, 32), "2 conditions but 1 exemplars"),
+    ],
+)
 def test_wrong_shapes_are_named(condition, exemplar, words):
     with pytest.raises(ValueError, match=words):
         build()(torch.rand(condition), torch.rand(exemplar))
@@ -91,9 +97,18 @@ def test_instance_norm_equals_pytorchs_in_value_and_gradient():
 
 
 def test_the_papers_512_configuration_runs_forward_and_backward_at_reduced_width():
-    config = load_config("deepfashion-512", [
-        "model.encoder.stem_width=4", "model.encoder.widths=[4,8,8,8]", "model.encoder.spade_hidden=4", "model.matching.channels=4",
-        "model.matching.hidden=4", "model.translator.widths=[16,16,16,8,8,4]", "model.translator.spade_hidden=4"])
+    config = load_config(
+        "deepfashion-512",
+        [
+            "model.encoder.stem_width=4",
+            "model.encoder.widths=[4,8,8,8]",
+            "model.encoder.spade_hidden=4",
+            "model.matching.channels=4",
+            "model.matching.hidden=4",
+            "model.translator.widths=[16,16,16,8,8,4]",
+            "model.translator.spade_hidden=4",
+        ],
+    )
     model = build(config)
     out = model(torch.rand(1, 20, 512, 512), torch.rand(1, 3, 512, 512) * 2 - 1)
     assert [warp.shape[-1] for warp in out.warps] == [64, 128, 256, 512]

@@ -38,8 +38,11 @@ def run(source: Path, output: Path, settings: Config | None = None, **options: o
 
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file that a reader would look at."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
-            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    }
 
 
 @pytest.fixture
@@ -70,8 +73,11 @@ def test_the_manifest_can_be_moved(photos: Path, tmp_path: Path) -> None:
     shutil.move(tmp_path / "out", tmp_path / "elsewhere")
     records = read_manifest(tmp_path / "elsewhere")
     assert len(records) == 6
-    assert all(Path(getattr(record, name)).is_file() for record in records
-               for name in ("condition", "exemplar", "exemplar_condition", "target"))
+    assert all(
+        Path(getattr(record, name)).is_file()
+        for record in records
+        for name in ("condition", "exemplar", "exemplar_condition", "target")
+    )
     assert {record.extra["split"] for record in records} <= {"train", "val"}
     summary = json.loads((tmp_path / "elsewhere" / "dataset.json").read_text())
     assert (summary["task"], summary["size"], summary["pictures"]) == ("edge", 48, 6)
@@ -261,10 +267,12 @@ def test_two_runs_at_once_do_not_meet(photos: Path, tmp_path: Path) -> None:
 
 
 def test_killed_and_run_again_equals_an_undisturbed_run(photos: Path, tmp_path: Path) -> None:
-    script = ("import sys, time, torch; from pathlib import Path; from cocosnet.config import Config, DataConfig\n"
-              "from cocosnet.data.prepare import prepare; torch.set_num_threads(1)\n"
-              "for record in prepare(Path(sys.argv[1]), Path(sys.argv[2]), Config(data=DataConfig(size=48)),\n"
-              "                      extractor='hed-small'): time.sleep(0.05)\n")
+    script = (
+        "import sys, time, torch; from pathlib import Path; from cocosnet.config import Config, DataConfig\n"
+        "from cocosnet.data.prepare import prepare; torch.set_num_threads(1)\n"
+        "for record in prepare(Path(sys.argv[1]), Path(sys.argv[2]), Config(data=DataConfig(size=48)),\n"
+        "                      extractor='hed-small'): time.sleep(0.05)\n"
+    )
     killed, calm = tmp_path / "killed", tmp_path / "calm"
     for enough in (2, 4):
         process = subprocess.Popen([sys.executable, "-c", script, str(photos), str(killed)], cwd=ROOT)

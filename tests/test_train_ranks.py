@@ -28,8 +28,20 @@ def train_command(data, run, processes, *settings):
     """The command line of a tiny run with pseudo exemplars alone, so that every loss is a plain mean over the batch."""
     launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     flags = [part for setting in ("train.real_exemplars=0", *settings) for part in ("--set", setting)]
-    return [sys.executable, *launcher, "-m", "cocosctl", "train", "tiny-cpu", "--data", str(data), "-o", str(run),
-            "--quiet", *flags]
+    return [
+        sys.executable,
+        *launcher,
+        "-m",
+        "cocosctl",
+        "train",
+        "tiny-cpu",
+        "--data",
+        str(data),
+        "-o",
+        str(run),
+        "--quiet",
+        *flags,
+    ]
 
 
 def environment():
@@ -50,8 +62,13 @@ def test_two_processes_learn_what_one_process_learns_from_the_whole_batch(data, 
 
 def test_a_signal_stops_both_processes_and_the_run_goes_on(data, tmp_path):
     run = tmp_path / "run"
-    started = subprocess.Popen(train_command(data, run, 2, "train.images=4000", "train.batch=4"), cwd=ROOT,
-                               env=environment(), stderr=subprocess.PIPE, text=True)
+    started = subprocess.Popen(
+        train_command(data, run, 2, "train.images=4000", "train.batch=4"),
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + 90
     while not (run / "stats.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -61,8 +78,14 @@ def test_a_signal_stops_both_processes_and_the_run_goes_on(data, tmp_path):
     saved = sorted((run / "checkpoints").glob("state-*.pt"))
     assert saved, errors
     images = int(saved[-1].stem.split("-")[1])
-    done = subprocess.run(train_command(data, run, 2, f"train.images={images + 8}", "train.batch=4"), cwd=ROOT,
-                          env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        train_command(data, run, 2, f"train.images={images + 8}", "train.batch=4"),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert '"resumed"' in (run / "stats.jsonl").read_text()
 

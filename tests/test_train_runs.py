@@ -82,7 +82,11 @@ def test_the_run_folder_says_all_about_itself(finished):
     assert model == run / "model.safetensors"
     assert load_config(run / "config.yaml") == tiny()
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
-        "model-000000004.safetensors", "model-000000008.safetensors", "state-000000004.pt", "state-000000008.pt"]
+        "model-000000004.safetensors",
+        "model-000000008.safetensors",
+        "state-000000004.pt",
+        "state-000000008.pt",
+    ]
     assert [tick["images"] for tick in ticks] == [2, 4, 6, 8] and ticks[0]["of"] == 8
     lines = stats(run)
     assert [line["images"] for line in lines] == [2, 4, 6, 8]

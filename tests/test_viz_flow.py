@@ -67,8 +67,13 @@ def test_typical_maximum_ignores_wild_matches():
 def test_score_colors_cover_the_stated_range():
     colours = score_colors(torch.tensor([[0.0, 1.0, -0.5, 1.5, -math.inf]]))
     assert colours.dtype == np.uint8
-    assert [tuple(pixel) for pixel in colours[0].tolist()] == [VIRIDIS[0], VIRIDIS[-1], VIRIDIS[0], VIRIDIS[-1],
-                                                               (128, 128, 128)]
+    assert [tuple(pixel) for pixel in colours[0].tolist()] == [
+        VIRIDIS[0],
+        VIRIDIS[-1],
+        VIRIDIS[0],
+        VIRIDIS[-1],
+        (128, 128, 128),
+    ]
 
 
 @pytest.mark.parametrize("size", [(64, 64), (32, 128), (3, 200), (2, 2), (1, 1)])

@@ -28,8 +28,13 @@ def panel_inputs(size: tuple[int, int], exemplar_size: tuple[int, int], channels
         field = pixel_grid(height, width) + torch.tensor([0, width / 4]).view(2, 1, 1)
         matches.append(Matches(field.expand(1, 3, -1, -1, -1), random_tensor(factor, 1, 3, height, width)))
         warps.append(random_tensor(factor, 3, height, width) * 2 - 1)
-    return (random_tensor(0, channels, *size), random_tensor(1, 3, *exemplar_size) * 2 - 1,
-            random_tensor(2, 3, *size) * 2 - 1, warps, matches)
+    return (
+        random_tensor(0, channels, *size),
+        random_tensor(1, 3, *exemplar_size) * 2 - 1,
+        random_tensor(2, 3, *size) * 2 - 1,
+        warps,
+        matches,
+    )
 
 
 @pytest.mark.parametrize("sizes", [((64, 64), (64, 64)), ((61, 97), (120, 50)), ((16, 300), (40, 40))])
@@ -46,7 +51,7 @@ def test_panel_shows_its_parts_unchanged():
     pixels = np.asarray(warp_panel(condition, exemplar, image, warps, matches, height=64))
     for tensor in (condition.expand(3, -1, -1) * 2 - 1, exemplar, image, warps[-1]):
         tile = ((tensor.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-        rows, columns = np.nonzero((pixels[: -63, : -63] == tile[0, 0]).all(axis=-1))
+        rows, columns = np.nonzero((pixels[:-63, :-63] == tile[0, 0]).all(axis=-1))
         assert any(np.array_equal(pixels[y : y + 64, x : x + 64], tile) for y, x in zip(rows, columns, strict=True))
 
 
@@ -94,8 +99,14 @@ def test_pose_shows_its_first_three_channels():
 def test_sheet_places_pictures_on_a_grid():
     red, blue = Image.new("RGB", (10, 20), "red"), np.full((40, 40, 3), (0, 0, 255), np.uint8)
     green = torch.tensor([-1.0, 1.0, -1.0]).view(3, 1, 1).expand(3, 5, 5)
-    sheet = np.asarray(contact_sheet([[red, blue], [None, green]], height=40, titles=("a", "b"),
-                                     captions=[["first", "a caption far longer than its column"]]))
+    sheet = np.asarray(
+        contact_sheet(
+            [[red, blue], [None, green]],
+            height=40,
+            titles=("a", "b"),
+            captions=[["first", "a caption far longer than its column"]],
+        )
+    )
     assert sheet.shape == (8 + 18 + 2 * (40 + 18 + 8), 8 + 20 + 8 + 40 + 8, 3)
     assert (sheet[26:66, 8:28] == (255, 0, 0)).all() and (sheet[26:66, 36:76] == (0, 0, 255)).all()
     assert (sheet[92:132, 36:76] == (0, 255, 0)).all() and (sheet[92:132, 8:28] == 255).all()

@@ -18,7 +18,7 @@ from cocosnet.errors import DataError
 from cocosnet.metrics import evaluate, records_from_folders
 from cocosnet.viz.report import Row, write_report
 
-HOSTILE = '<script>alert("x")</script> & \'é\' \ud800'
+HOSTILE = "<script>alert(\"x\")</script> & 'é' \ud800"
 
 
 class Reader(HTMLParser):
@@ -78,8 +78,14 @@ def test_page_is_self_contained_and_escaped(tmp_path):
 def test_roles_are_shown_in_order_and_drawn_conditions_are_preferred(tmp_path):
     files = {name: picture(tmp_path, f"{name}.png") for name in ("condition", "exemplar", "warp", "output", "target")}
     drawn = picture(tmp_path, "drawn-condition.png", (17, 17))
-    record = Record(id="a", condition=files["condition"], exemplar=files["exemplar"], target=files["target"],
-                    output=files["output"], extra={"warp": files["warp"], "condition_image": drawn})
+    record = Record(
+        id="a",
+        condition=files["condition"],
+        exemplar=files["exemplar"],
+        target=files["target"],
+        output=files["output"],
+        extra={"warp": files["warp"], "condition_image": drawn},
+    )
     write_report(tmp_path / "page.html", [record], title="t")
     page = read(tmp_path / "page.html")
     assert [image["alt"] for image in page.images] == [f"{name} of a" for name in files]

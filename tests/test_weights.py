@@ -28,8 +28,13 @@ def entry(tmp_path, monkeypatch):
     source = tmp_path / "server" / "w.pth"
     source.parent.mkdir()
     source.write_bytes(CONTENT)
-    made = dataclasses.replace(weights.REGISTRY["vgg19"], name="w", filename="w.pth", url=source.as_uri(),
-                               sha256=hashlib.sha256(CONTENT).hexdigest())
+    made = dataclasses.replace(
+        weights.REGISTRY["vgg19"],
+        name="w",
+        filename="w.pth",
+        url=source.as_uri(),
+        sha256=hashlib.sha256(CONTENT).hexdigest(),
+    )
     monkeypatch.setitem(weights.REGISTRY, "w", made)
     return made
 

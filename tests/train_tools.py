@@ -21,7 +21,7 @@ def tiny(*overrides: str) -> Config:
 def prepared_folder(folder: Path, count: int = 7, held_out: int = 2) -> Path:
     """Pictures of one coloured disc each, 40x44 px, with its outline as condition; the exemplar is the next picture."""
     records = [_pair(folder, index, count) for index in range(count)]
-    for record in records[count - held_out:]:
+    for record in records[count - held_out :]:
         record.extra["split"] = "val"
     write_manifest(folder / MANIFEST_NAME, records)
     return folder
@@ -37,8 +37,13 @@ def _pair(folder: Path, index: int, count: int) -> Record:
     _write(folder / "images" / f"{index}.png", image)
     _write(folder / "conditions" / f"{index}.png", edges)
     own, other = f"{index}.png", f"{(index + 1) % count}.png"
-    return Record(id=str(index), target=str(folder / "images" / own), condition=str(folder / "conditions" / own),
-                  exemplar=str(folder / "images" / other), exemplar_condition=str(folder / "conditions" / other))
+    return Record(
+        id=str(index),
+        target=str(folder / "images" / own),
+        condition=str(folder / "conditions" / own),
+        exemplar=str(folder / "images" / other),
+        exemplar_condition=str(folder / "conditions" / other),
+    )
 
 
 def _write(path: Path, pixels: np.ndarray) -> None:

@@ -1,7 +1,7 @@
 """Condition files to condition tensors: what x_A of the paper is for each task.
 
-    edge   grey picture, white edges on black    1 channel, edge strength in [0,1]
-    mask   PNG of class indices                  one channel a class (0 or 1), and a last one for every other index
+edge   grey picture, white edges on black    1 channel, edge strength in [0,1]
+mask   PNG of class indices                  one channel a class (0 or 1), and a last one for every other index
 """
 
 from __future__ import annotations

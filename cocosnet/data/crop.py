@@ -32,8 +32,10 @@ def load_landmarks(path: str | Path) -> dict[str, np.ndarray]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         points = {name: np.array(face["points"], dtype=np.float64) for name, face in content.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{shown(path)}: cannot read these landmarks ({' '.join(str(error).split())}); "
-                        'the layout is {"name.jpg": {"points": [[x, y], ..]}}') from error
+        raise DataError(
+            f"{shown(path)}: cannot read these landmarks ({' '.join(str(error).split())}); "
+            'the layout is {"name.jpg": {"points": [[x, y], ..]}}'
+        ) from error
     for name, face in points.items():
         if face.shape != (FACE_POINTS, 2) or not np.isfinite(face).all():
             raise DataError(f"{shown(path)}: {shown(name)} needs {FACE_POINTS} points [x, y]; remove or mend the entry")

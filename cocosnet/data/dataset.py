@@ -41,8 +41,11 @@ class PairDataset(Dataset):
         """
         self.folder, self.data, self.memory = Path(folder), config.data, memory
         check_prepared(self.folder, config)
-        self.records = [record for record in read_manifest(self.folder)
-                        if not record.failed and record.extra.get("split", "train") == split]
+        self.records = [
+            record
+            for record in read_manifest(self.folder)
+            if not record.failed and record.extra.get("split", "train") == split
+        ]
         self._kept: dict[str, np.ndarray] = {}
         self._used = 0
 
@@ -62,10 +65,13 @@ class PairDataset(Dataset):
 
     def _item(self, record: Record, exemplar: str | None, exemplar_condition: str | None) -> dict[str, Any]:
         alone = exemplar is None or exemplar_condition is None
-        return {"id": record.id, "image": self._picture(record.target, record),
-                "condition": self._condition(record.condition, record),
-                "exemplar": None if alone else self._picture(exemplar, record),
-                "exemplar_condition": None if alone else self._condition(exemplar_condition, record)}
+        return {
+            "id": record.id,
+            "image": self._picture(record.target, record),
+            "condition": self._condition(record.condition, record),
+            "exemplar": None if alone else self._picture(exemplar, record),
+            "exemplar_condition": None if alone else self._condition(exemplar_condition, record),
+        }
 
     def _picture(self, path: str | None, record: Record) -> torch.Tensor:
         return to_tensor(Image.fromarray(self._pixels(path, record, "image")))
@@ -96,8 +102,12 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / DATASET_NAME
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-        return {**summary, "task": str(summary["task"]), "size": int(summary["size"]),
-                "classes": int(summary["classes"])}
+        return {
+            **summary,
+            "task": str(summary["task"]),
+            "size": int(summary["size"]),
+            "classes": int(summary["classes"]),
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{shown(path)}: cannot read this summary; make the folder with `cocosctl prepare`") from error
 

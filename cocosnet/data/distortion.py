@@ -86,8 +86,9 @@ def _spline_basis(side: int, height: int, width: int) -> Tensor:
     return spline_basis(points, (pixel_grid(height, width).flatten(1) / span).T).float()
 
 
-def _random_affine(batch: int, height: int, width: int, config: DistortionConfig,
-                   generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _random_affine(
+    batch: int, height: int, width: int, config: DistortionConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Rotation times scale, B,2,2, and translation, B,2,1, in px, so that shapes keep their proportions."""
     angle, scale, down, across = (torch.rand(batch, 4, generator=generator) * 2 - 1).unbind(1)
     angle, scale = angle * math.radians(config.rotate), 1 + scale * config.scale

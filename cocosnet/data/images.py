@@ -19,8 +19,12 @@ from cocosnet.files import atomic_path
 
 MAX_PIXELS = 150_000_000  # pixels of one picture that we decode (450 MB as RGB); Pillow's own bound is 179 million
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
-SAVE_OPTIONS = {".png": {}, ".jpg": {"quality": 95, "subsampling": 0}, ".jpeg": {"quality": 95, "subsampling": 0},
-                ".webp": {"quality": 95}}
+SAVE_OPTIONS = {
+    ".png": {},
+    ".jpg": {"quality": 95, "subsampling": 0},
+    ".jpeg": {"quality": 95, "subsampling": 0},
+    ".webp": {"quality": 95},
+}
 
 
 def shown(path: str | Path) -> str:
@@ -49,8 +53,11 @@ def _walk(folder: Path, excluded: str | None) -> Iterator[Path]:
         raise DataError(f"{shown(error.filename)}: cannot list this folder: {error.strerror}; check its permissions")
 
     for place, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders
-                      if not name.startswith(".") and os.path.realpath(os.path.join(place, name)) != excluded]
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and os.path.realpath(os.path.join(place, name)) != excluded
+        ]
         for name in names:
             if not name.startswith(".") and name.lower().endswith(SUFFIXES):
                 yield Path(place, name)
@@ -87,8 +94,10 @@ def load_labels(path: str | Path) -> np.ndarray:
     """
     image = _decode(path, None)
     if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
-        raise DataError(f"{shown(path)}: a label map has one class index a pixel, this is a {image.mode} picture; "
-                        "save it as a grey or palette PNG of indices")
+        raise DataError(
+            f"{shown(path)}: a label map has one class index a pixel, this is a {image.mode} picture; "
+            "save it as a grey or palette PNG of indices"
+        )
     return np.asarray(image).astype(np.int32)
 
 
@@ -117,8 +126,9 @@ def _decode_unchecked(path: str | Path, shorter: int | None) -> Image.Image:
         with Image.open(path) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise DataError(f"{shown(path)}: too big ({width}x{height}, over {MAX_PIXELS:,} pixels); "
-                                "reduce the picture first")
+                raise DataError(
+                    f"{shown(path)}: too big ({width}x{height}, over {MAX_PIXELS:,} pixels); reduce the picture first"
+                )
             if shorter is not None and min(width, height) > 2 * shorter and image.format == "JPEG":
                 image.draft(None, tuple(2 * shorter * side // min(width, height) for side in (width, height)))
             image.load()

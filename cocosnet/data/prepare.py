@@ -53,9 +53,18 @@ class Item:
     points: np.ndarray | None = None  # 68,2 landmarks
 
 
-def prepare(source: Path, output: Path, config: Config, *, limit: int | None = None, overwrite: bool = False,
-            labels: Path | None = None, extractor: str = "auto", seed: int = 0,
-            device: str = "cpu") -> Iterator[Record]:
+def prepare(
+    source: Path,
+    output: Path,
+    config: Config,
+    *,
+    limit: int | None = None,
+    overwrite: bool = False,
+    labels: Path | None = None,
+    extractor: str = "auto",
+    seed: int = 0,
+    device: str = "cpu",
+) -> Iterator[Record]:
     """Prepare the photographs below `source` into `output`, yielding a record as each is done, in order of their names.
 
     A record has absolute paths: condition, exemplar and exemplar_condition (another picture of the set, chosen by
@@ -93,8 +102,9 @@ def find_items(source: Path, output: Path, data: DataConfig, labels: Path | None
     if not source.is_dir():
         raise DataError(f"{shown(source)}: no such folder; give the folder that holds the photographs")
     root = source / "photos" if (source / "photos").is_dir() else source
-    photos = [photo for photo in find_images(root, exclude=output)
-              if labels in (None, root) or labels not in photo.parents]
+    photos = [
+        photo for photo in find_images(root, exclude=output) if labels in (None, root) or labels not in photo.parents
+    ]
     if not photos:
         raise DataError(f"{shown(source)}: holds no pictures; give a folder of PNG, JPEG or WebP files")
     if data.crop == "face" and not data.landmarks:
@@ -102,8 +112,10 @@ def find_items(source: Path, output: Path, data: DataConfig, labels: Path | None
     points = load_landmarks(data.landmarks) if data.crop == "face" else {}
     maps = {_stem(path, labels): path for path in find_images(labels)} if labels else {}
     relatives = [photo.relative_to(root).as_posix() for photo in photos]
-    return [Item(name, photo, relative, maps.get(_stem(photo, root)), points.get(relative, points.get(photo.name)))
-            for name, photo, relative in zip(make_ids(relatives), photos, relatives)]
+    return [
+        Item(name, photo, relative, maps.get(_stem(photo, root)), points.get(relative, points.get(photo.name)))
+        for name, photo, relative in zip(make_ids(relatives), photos, relatives)
+    ]
 
 
 def make_ids(names: list[str]) -> list[str]:
@@ -113,8 +125,10 @@ def make_ids(names: list[str]) -> list[str]:
     """
     stems = [name.rpartition(".")[0] for name in names]
     count = Counter(stem.lower() for stem in stems)
-    return [stem if _is_plain(stem) and count[stem.lower()] == 1 else _hashed(stem, name)
-            for stem, name in zip(stems, names)]
+    return [
+        stem if _is_plain(stem) and count[stem.lower()] == 1 else _hashed(stem, name)
+        for stem, name in zip(stems, names)
+    ]
 
 
 def _is_plain(stem: str) -> bool:
@@ -171,8 +185,9 @@ def _stem(path: Path, root: Path) -> str:
 class _Preparation:
     """One run over the items; what is made is remembered, because an item is its own target and another's exemplar."""
 
-    def __init__(self, items: list[Item], output: Path, data: DataConfig, maker: Extractor | None, overwrite: bool,
-                 seed: int) -> None:
+    def __init__(
+        self, items: list[Item], output: Path, data: DataConfig, maker: Extractor | None, overwrite: bool, seed: int
+    ) -> None:
         self.items, self.output, self.data, self.maker = items, output, data, maker
         self.overwrite, self.seed = overwrite, seed
         self.provenance = maker.provenance if maker else {"network": "none", "labels": "index maps"}
@@ -206,8 +221,11 @@ class _Preparation:
 
     def _make_or_skip(self, item: Item) -> Record:
         start = time.monotonic()
-        extra = {"source": shown(item.relative), "split": split_of(item.id, self.data.val_fraction),
-                 "condition_source": self.provenance}
+        extra = {
+            "source": shown(item.relative),
+            "split": split_of(item.id, self.data.val_fraction),
+            "condition_source": self.provenance,
+        }
         target, condition = (self.output / kind / f"{item.id}.png" for kind in (IMAGES, CONDITIONS))
         stamp_path = self.output / STAMPS / f"{item.id}.json"
         try:
@@ -220,8 +238,14 @@ class _Preparation:
         except DataError as error:
             message = str(error) if shown(item.photo) in str(error) else f"{shown(item.photo)}: {error}"
             return Record(item.id, status="error", error=message, seconds=_since(start), extra=extra)
-        return Record(item.id, condition=str(condition), target=str(target), status="skipped" if fresh else "ok",
-                      seconds=_since(start), extra=extra)
+        return Record(
+            item.id,
+            condition=str(condition),
+            target=str(target),
+            status="skipped" if fresh else "ok",
+            seconds=_since(start),
+            extra=extra,
+        )
 
     def _stamp(self, item: Item) -> str:
         """All that decides an item's pictures, as JSON text."""
@@ -245,8 +269,9 @@ class _Preparation:
             return face_box(size, item.points)
         return square_box(size) if self.data.crop == "square" else None
 
-    def _condition(self, item: Item, cut: Image.Image, full: tuple[int, int], box: Box | None,
-                   size: tuple[int, int]) -> Image.Image:
+    def _condition(
+        self, item: Item, cut: Image.Image, full: tuple[int, int], box: Box | None, size: tuple[int, int]
+    ) -> Image.Image:
         if self.maker is not None and self.maker.name != "image":
             return self.maker(cut, self.data.size)
         if item.label is None:
@@ -254,8 +279,10 @@ class _Preparation:
         image = labels_to_image(load_labels(item.label)) if self.data.task == "mask" else load_gray(item.label)
         resample = Image.Resampling.NEAREST if self.data.task == "mask" else Image.Resampling.BILINEAR
         if abs(image.width * full[1] / (image.height * full[0]) - 1) > 0.02:
-            raise DataError(f"is {full[0]}x{full[1]} px but {shown(item.label)} is {image.width}x{image.height}; "
-                            "they must have the same proportions")
+            raise DataError(
+                f"is {full[0]}x{full[1]} px but {shown(item.label)} is {image.width}x{image.height}; "
+                "they must have the same proportions"
+            )
         return image.resize(size, resample, box=_scaled(box, full, image.size))
 
     def _write_summary(self, records: list[Record]) -> None:
@@ -263,11 +290,20 @@ class _Preparation:
         classes = self.data.classes
         if self.data.task == "mask" and not classes:
             classes = count_classes(self.output / CONDITIONS)
-        write_manifest(self.output / MANIFEST_NAME,
-                       [dataclasses.replace(record, status="ok", seconds=None) for record in records])
-        summary = {"schema": SCHEMA, "task": self.data.task, "size": self.data.size, "classes": classes,
-                   "pictures": len(records), "condition_source": self.provenance, "crop": self.data.crop,
-                   "val_fraction": self.data.val_fraction, "seed": self.seed}
+        write_manifest(
+            self.output / MANIFEST_NAME, [dataclasses.replace(record, status="ok", seconds=None) for record in records]
+        )
+        summary = {
+            "schema": SCHEMA,
+            "task": self.data.task,
+            "size": self.data.size,
+            "classes": classes,
+            "pictures": len(records),
+            "condition_source": self.provenance,
+            "crop": self.data.crop,
+            "val_fraction": self.data.val_fraction,
+            "seed": self.seed,
+        }
         atomic_write(self.output / DATASET_NAME, json.dumps(summary, indent=1) + "\n")
 
 

@@ -95,7 +95,7 @@ def _check_values(values: dict[str, Any], number: int) -> None:
 
 
 def iter_records(lines: Iterable[str]) -> Iterator[Record]:
-    """Records of a stream, as they arrive; a bad line becomes an error record called `line-N`, blank lines are passed over."""
+    """Records of a stream, as they arrive; a bad line becomes an error record `line-N`, blank ones are passed over."""
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:

@@ -40,8 +40,10 @@ def contextual_loss(output: Mapping[str, Tensor], exemplar: Mapping[str, Tensor]
 
     relu3_2 is averaged down 2x (release), and any map further until it has at most 4096 positions.
     """
-    return sum(weight * contextual_distance(_pooled(output[name], name), _pooled(exemplar[name], name))
-               for name, weight in CONTEXTUAL_WEIGHTS.items())
+    return sum(
+        weight * contextual_distance(_pooled(output[name], name), _pooled(exemplar[name], name))
+        for name, weight in CONTEXTUAL_WEIGHTS.items()
+    )
 
 
 def contextual_distance(x: Tensor, y: Tensor) -> Tensor:

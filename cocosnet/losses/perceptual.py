@@ -32,13 +32,35 @@ class VggShape:
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision, RGB in [0, 1]
 _CAFFE_MEAN = (103.939, 116.779, 123.68)  # BGR in 0..255
 # Mean activations over 13 portraits and paintings: the Caffe network lives on 0..255, torchvision's near 1.
-_CAFFE_UNITS = {"relu1_1": 20.0, "relu1_2": 106.0, "relu2_1": 174.0, "relu2_2": 190.0, "relu3_1": 233.0,
-                "relu3_2": 259.0, "relu3_3": 167.0, "relu4_1": 137.0, "relu4_2": 76.0, "relu4_3": 19.0, "relu5_1": 19.0,
-                "relu5_2": 8.4, "relu5_3": 1.1}
-VGG19 = VggShape(counts=(2, 2, 4, 4, 4), widths=(64, 128, 256, 512, 512), scale=tuple(0.5 / s for s in _STD),
-                 shift=tuple((0.5 - m) / s for m, s in zip(_MEAN, _STD, strict=True)))
-VGG16_CAFFE = VggShape(counts=(2, 2, 3, 3, 3), widths=(64, 128, 256, 512, 512), scale=(127.5,) * 3,
-                       shift=tuple(127.5 - m for m in _CAFFE_MEAN), bgr=True, units=_CAFFE_UNITS)
+_CAFFE_UNITS = {
+    "relu1_1": 20.0,
+    "relu1_2": 106.0,
+    "relu2_1": 174.0,
+    "relu2_2": 190.0,
+    "relu3_1": 233.0,
+    "relu3_2": 259.0,
+    "relu3_3": 167.0,
+    "relu4_1": 137.0,
+    "relu4_2": 76.0,
+    "relu4_3": 19.0,
+    "relu5_1": 19.0,
+    "relu5_2": 8.4,
+    "relu5_3": 1.1,
+}
+VGG19 = VggShape(
+    counts=(2, 2, 4, 4, 4),
+    widths=(64, 128, 256, 512, 512),
+    scale=tuple(0.5 / s for s in _STD),
+    shift=tuple((0.5 - m) / s for m, s in zip(_MEAN, _STD, strict=True)),
+)
+VGG16_CAFFE = VggShape(
+    counts=(2, 2, 3, 3, 3),
+    widths=(64, 128, 256, 512, 512),
+    scale=(127.5,) * 3,
+    shift=tuple(127.5 - m for m in _CAFFE_MEAN),
+    bgr=True,
+    units=_CAFFE_UNITS,
+)
 SHAPES = {"vgg19": VGG19, "vgg16-caffe": VGG16_CAFFE}
 
 
@@ -55,10 +77,13 @@ class Vgg(nn.Module):
         super().__init__()
         self.shape = shape
         inputs = (3, *shape.widths)
-        self.convs = nn.ModuleDict({
-            f"conv{b}_{i}": nn.Conv2d(inputs[b - 1] if i == 1 else width, width, 3, padding=1)
-            for b, (width, count) in enumerate(zip(shape.widths, shape.counts, strict=True), start=1)
-            for i in range(1, count + 1)})
+        self.convs = nn.ModuleDict(
+            {
+                f"conv{b}_{i}": nn.Conv2d(inputs[b - 1] if i == 1 else width, width, 3, padding=1)
+                for b, (width, count) in enumerate(zip(shape.widths, shape.counts, strict=True), start=1)
+                for i in range(1, count + 1)
+            }
+        )
         self.register_buffer("scale", torch.tensor(shape.scale).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("shift", torch.tensor(shape.shift).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()

@@ -12,9 +12,13 @@ from typing import Any
 
 __all__ = ["Metric", "evaluate", "get_metric", "metric_names", "records_from_folders"]
 
-_HOMES = {"Metric": "cocosnet.metrics.base", "evaluate": "cocosnet.metrics.evaluation",
-          "records_from_folders": "cocosnet.metrics.evaluation", "get_metric": "cocosnet.metrics.registry",
-          "metric_names": "cocosnet.metrics.registry"}
+_HOMES = {
+    "Metric": "cocosnet.metrics.base",
+    "evaluate": "cocosnet.metrics.evaluation",
+    "records_from_folders": "cocosnet.metrics.evaluation",
+    "get_metric": "cocosnet.metrics.registry",
+    "metric_names": "cocosnet.metrics.registry",
+}
 
 
 def __getattr__(name: str) -> Any:

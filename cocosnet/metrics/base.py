@@ -42,15 +42,18 @@ class Metric(ABC):
         """
         for role, picture in zip(self.needs, pictures, strict=True):
             if picture.ndim != 4 or picture.shape[1] != 3 or picture.dtype != torch.uint8:
-                raise DataError(f"{self.name}: the {role} must be B,3,H,W uint8, "
-                                f"is {tuple(picture.shape)} {picture.dtype}")
+                raise DataError(
+                    f"{self.name}: the {role} must be B,3,H,W uint8, is {tuple(picture.shape)} {picture.dtype}"
+                )
             if min(picture.shape[-2:]) < self.smallest:
-                raise DataError(f"{self.name}: the {role} is {size_text(picture)} px; "
-                                f"it needs at least {self.smallest} px a side")
+                raise DataError(
+                    f"{self.name}: the {role} is {size_text(picture)} px; it needs at least {self.smallest} px a side"
+                )
         if self.same_size and len({picture.shape for picture in pictures}) > 1:
             sizes = ", ".join(f"the {role} is {size_text(p)}" for role, p in zip(self.needs, pictures, strict=True))
-            raise DataError(f"{self.name}: pictures of a pair must agree in size, {sizes} px; "
-                            "resize the one that is wrong")
+            raise DataError(
+                f"{self.name}: pictures of a pair must agree in size, {sizes} px; resize the one that is wrong"
+            )
 
     def update(self, *pictures: Tensor) -> None:
         """Add pairs: one B,3,H,W uint8 RGB tensor (0..255) for each role in `needs`. Raises DataError as `check`."""

@@ -23,8 +23,9 @@ ERRORS_SHOWN = 5  # messages kept of the records that failed
 PACKAGES = ("cocosctl", "torch", "torchvision", "numpy", "pillow", "pytorch-fid")  # whose versions can move a number
 
 
-def evaluate(records: Iterable[Record], metrics: Sequence[str], device: str = "cpu", *,
-             seed: int = 0) -> dict[str, Any]:
+def evaluate(
+    records: Iterable[Record], metrics: Sequence[str], device: str = "cpu", *, seed: int = 0
+) -> dict[str, Any]:
     """Run the metrics over a stream of records, in one pass, and say what was counted.
 
     A record that arrives as an error, or whose pictures are missing, unreadable or do not fit each other, is counted in
@@ -49,8 +50,14 @@ def evaluate(records: Iterable[Record], metrics: Sequence[str], device: str = "c
         except DataError as error:
             failed += 1
             errors = [*errors, str(error)][:ERRORS_SHOWN]
-    return {"schema": SCHEMA, "metrics": {name: metric.compute() for name, metric in running.items()}, "count": count,
-            "failed": failed, "errors": errors, "versions": package_versions()}
+    return {
+        "schema": SCHEMA,
+        "metrics": {name: metric.compute() for name, metric in running.items()},
+        "count": count,
+        "failed": failed,
+        "errors": errors,
+        "versions": package_versions(),
+    }
 
 
 def _update(metrics: list[Metric], record: Record) -> None:
@@ -95,8 +102,10 @@ def records_from_folders(outputs: str | Path, targets: str | Path, exemplars: st
     named = {role: _by_stem(folder) for role, folder in folders.items()}
     for role, files in named.items():
         _compare_names(folders["output"], named["output"], folders[role], files)
-    return [Record(id=stem, **{role: str(files[stem].absolute()) for role, files in named.items()})
-            for stem in sorted(named["output"])]
+    return [
+        Record(id=stem, **{role: str(files[stem].absolute()) for role, files in named.items()})
+        for stem in sorted(named["output"])
+    ]
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
@@ -104,8 +113,10 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     for path in find_images(folder):
         stem = path.relative_to(folder).with_suffix("").as_posix()
         if stem in files:
-            raise DataError(f"{shown(folder)}: {shown(files[stem].name)} and {shown(path.name)} have the same name "
-                            "without the suffix; keep one")
+            raise DataError(
+                f"{shown(folder)}: {shown(files[stem].name)} and {shown(path.name)} have the same name "
+                "without the suffix; keep one"
+            )
         files[stem] = path
     if not files:
         raise DataError(f"{shown(folder)}: holds no pictures; give the folder that holds them")

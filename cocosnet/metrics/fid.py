@@ -32,8 +32,10 @@ class FID(Metric):
     """
 
     name = "fid"
-    protocol = ("fid: outputs against targets as sets, uint8 RGB / 255 resized to 299x299 (bilinear, no antialias), "
-                "pytorch-fid Inception pool3, 2048 features, sample covariances, Frechet distance in float64")
+    protocol = (
+        "fid: outputs against targets as sets, uint8 RGB / 255 resized to 299x299 (bilinear, no antialias), "
+        "pytorch-fid Inception pool3, 2048 features, sample covariances, Frechet distance in float64"
+    )
     same_size = False
 
     def __init__(self, device: str | torch.device = "cpu", seed: int = 0) -> None:

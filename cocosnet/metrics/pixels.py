@@ -57,8 +57,10 @@ class PSNR(PairMean):
     """
 
     name = "psnr"
-    protocol = ("psnr: mean over pairs, in dB, of 10 log10(255^2 / MSE), MSE over pixels and channels of uint8 RGB; "
-                "identical pairs (infinite) are left out and counted")
+    protocol = (
+        "psnr: mean over pairs, in dB, of 10 log10(255^2 / MSE), MSE over pixels and channels of uint8 RGB; "
+        "identical pairs (infinite) are left out and counted"
+    )
 
     def _per_pair(self, output_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:
         return 10 * torch.log10(255**2 / (output_B3HW - target_B3HW).square().mean(dim=(1, 2, 3)))
@@ -72,9 +74,11 @@ class SSIM(PairMean):
     """Structural similarity (Wang et al. 2004) in [-1,1], 1 for identical pictures."""
 
     name = "ssim"
-    protocol = ("ssim: mean over pairs, RGB channels and pixels whose whole window is inside; 11x11 Gaussian window, "
-                "sigma 1.5, population covariance, data range 255, K1 0.01, K2 0.03, uint8 RGB "
-                "(scikit-image with gaussian_weights)")
+    protocol = (
+        "ssim: mean over pairs, RGB channels and pixels whose whole window is inside; 11x11 Gaussian window, "
+        "sigma 1.5, population covariance, data range 255, K1 0.01, K2 0.03, uint8 RGB "
+        "(scikit-image with gaussian_weights)"
+    )
     smallest = 2 * SSIM_RADIUS + 1
 
     def _per_pair(self, output_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:

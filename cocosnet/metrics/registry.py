@@ -47,8 +47,9 @@ def get_metric(name: str, *, device: str = "cpu", seed: int = 0) -> Metric:
     except CocosError:
         raise
     except Exception as error:  # a plug-in's import may fail in any way; ours do not
-        raise MissingDependency(f"metric {name!r}: cannot import {doors[name].value} ({error}); "
-                                "mend or remove the package that offers it") from error
+        raise MissingDependency(
+            f"metric {name!r}: cannot import {doors[name].value} ({error}); mend or remove the package that offers it"
+        ) from error
     return kind(device=device, seed=seed)
 
 

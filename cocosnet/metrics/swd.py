@@ -38,9 +38,11 @@ class SWD(Metric):
     """
 
     name = "swd"
-    protocol = ("swd: Laplacian pyramid (5x5 binomial, mirrored borders) halved while the shorter side is at least "
-                "16 px; 128 random 7x7x3 patches a picture and level; per set, level and channel minus mean, over "
-                "standard deviation; 4 x 128 random directions; mean |sorted difference| x 1000; mean of the levels")
+    protocol = (
+        "swd: Laplacian pyramid (5x5 binomial, mirrored borders) halved while the shorter side is at least "
+        "16 px; 128 random 7x7x3 patches a picture and level; per set, level and channel minus mean, over "
+        "standard deviation; 4 x 128 random directions; mean |sorted difference| x 1000; mean of the levels"
+    )
     smallest = COARSEST
 
     def __init__(self, device: str | torch.device = "cpu", seed: int = 0) -> None:

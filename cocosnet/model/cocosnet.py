@@ -48,7 +48,9 @@ class CoCosNet(nn.Module):
         self.condition_encoder = Encoder(channels, shape.encoder)
         self.image_encoder = Encoder(3 + channels * shape.encoder.exemplar_condition, shape.encoder)
         self.hierarchy = Hierarchy(shape.encoder.out_widths, shape.matching)
-        self.translator = Translator(3 * shape.encoder.levels + channels * shape.translator.use_condition, shape.translator)
+        self.translator = Translator(
+            3 * shape.encoder.levels + channels * shape.translator.use_condition, shape.translator
+        )
         self.multiple = 2 ** max(len(shape.encoder.widths) - 1, len(shape.translator.widths) - 1)
 
     def forward(self, condition: Tensor, exemplar: Tensor, exemplar_condition: Tensor | None = None) -> Output:
@@ -69,7 +71,9 @@ class CoCosNet(nn.Module):
         """M_B, Eq. 2: L maps of unit vectors, coarse to fine. `condition` belongs to the image."""
         if self.config.model.encoder.exemplar_condition:
             if condition is None:
-                raise ValueError("this model's image encoder also sees the exemplar's condition: pass exemplar_condition")
+                raise ValueError(
+                    "this model's image encoder also sees the exemplar's condition: pass exemplar_condition"
+                )
             image = torch.cat([pad_to_multiple(image, self.multiple), pad_to_multiple(condition, self.multiple)], dim=1)
         return self.image_encoder(pad_to_multiple(image, self.multiple))
 
@@ -82,8 +86,11 @@ class CoCosNet(nn.Module):
 
     def _check(self, condition: Tensor, exemplar: Tensor, exemplar_condition: Tensor | None) -> torch.Size:
         channels = self.config.data.condition_channels
-        for name, tensor, wanted in (("condition", condition, channels), ("exemplar", exemplar, 3),
-                                     ("exemplar_condition", exemplar_condition, channels)):
+        for name, tensor, wanted in (
+            ("condition", condition, channels),
+            ("exemplar", exemplar, 3),
+            ("exemplar_condition", exemplar_condition, channels),
+        ):
             if tensor is not None and (tensor.dim() != 4 or tensor.shape[1] != wanted):
                 raise ValueError(f"{name}: expected B,{wanted},H,W, got {','.join(map(str, tensor.shape))}")
         if condition.shape[0] != exemplar.shape[0]:
@@ -91,8 +98,14 @@ class CoCosNet(nn.Module):
         return condition.shape[-2:]
 
 
-def _crop(image: Tensor, levels: list[Level], features_x: list[Tensor], features_y: list[Tensor], size: torch.Size,
-          exemplar_size: torch.Size) -> Output:
+def _crop(
+    image: Tensor,
+    levels: list[Level],
+    features_x: list[Tensor],
+    features_y: list[Tensor],
+    size: torch.Size,
+    exemplar_size: torch.Size,
+) -> Output:
     """Cut off what padding added: at each level, what lies beyond the original picture's share, rounded up.
 
     A match in the exemplar's padding, which repeats its border, is moved onto that border.
@@ -109,7 +122,11 @@ def _crop(image: Tensor, levels: list[Level], features_x: list[Tensor], features
         return Matches(clamp_positions(cut(matches.positions, level), *limits), cut(matches.scores, level))
 
     steps = [[cut(warp, i) for warp in level.warps] for i, level in enumerate(levels)]
-    return Output(image=image[..., : size[0], : size[1]], warps=[warps[-1] for warps in steps],
-                  matches=[cut_matches(level.matches, i) for i, level in enumerate(levels)], iteration_warps=steps,
-                  features_x=[cut(feature, i) for i, feature in enumerate(features_x)],
-                  features_y=[cut(feature, i, exemplar_size) for i, feature in enumerate(features_y)])
+    return Output(
+        image=image[..., : size[0], : size[1]],
+        warps=[warps[-1] for warps in steps],
+        matches=[cut_matches(level.matches, i) for i, level in enumerate(levels)],
+        iteration_warps=steps,
+        features_x=[cut(feature, i) for i, feature in enumerate(features_x)],
+        features_y=[cut(feature, i, exemplar_size) for i, feature in enumerate(features_y)],
+    )

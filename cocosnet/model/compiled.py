@@ -1,9 +1,9 @@
 """The CPU engine: propagation and evaluation as single loops over pixels, compiled by numba.
 
-Same results as `patchmatch.propagate` and `patchmatch.evaluate` (the definition), without storing a sampled copy of the
-features for every candidate. float32 on the CPU only.
+Same results as `patchmatch.propagate` and `patchmatch.evaluate` (the definition), without storing a sampled copy of
+the features for every candidate. float32 on the CPU only.
 
-Layouts inside: features B,H,W,C and positions B,h,w,K,2, both contiguous, so that one candidate's C numbers lie together.
+Layouts inside: features B,H,W,C and positions B,h,w,K,2, both contiguous, so that a candidate's C numbers lie together.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ EMPTY = np.float32(-np.inf)
 def _torch_threads() -> Iterator[None]:
     """Run numba on as many threads as PyTorch uses, and leave PyTorch's number alone.
 
-    The two share one OpenMP, whose number numba sets; left changed, PyTorch would sum in another order from then on, and a
-    resumed run would differ from an undisturbed one in its last bits.
+    The two share one OpenMP, whose number numba sets; left changed, PyTorch would sum in another order from then on, and
+    a resumed run would differ from an undisturbed one in its last bits.
     """
     count = torch.get_num_threads()
     numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
@@ -198,7 +198,9 @@ def _scores(features_x, features_y, field):
         b, i = line // height, line % height
         for j in range(width):
             for k in range(candidates):
-                scores[b, i, j, k] = _dot(features_x[b, i, j], features_y[b], field[b, i, j, k, 0], field[b, i, j, k, 1])
+                scores[b, i, j, k] = _dot(
+                    features_x[b, i, j], features_y[b], field[b, i, j, k, 0], field[b, i, j, k, 1]
+                )
     return scores
 
 
@@ -213,7 +215,9 @@ def _duplicates(field, scores):
             rows, columns = np.rint(field[b, i, j, :, 0]), np.rint(field[b, i, j, :, 1])
             for k in range(candidates):
                 for m in range(candidates):
-                    better = scores[b, i, j, m] > scores[b, i, j, k] or (scores[b, i, j, m] == scores[b, i, j, k] and m < k)
+                    better = scores[b, i, j, m] > scores[b, i, j, k] or (
+                        scores[b, i, j, m] == scores[b, i, j, k] and m < k
+                    )
                     if better and rows[m] == rows[k] and columns[m] == columns[k]:
                         result[b, i, j, k] = True
     return result
@@ -228,8 +232,15 @@ def _scores_backward(features_x, features_y, field, gradient, by_position, by_x,
             for j in range(width):
                 for k in range(candidates):
                     if gradient[b, i, j, k] != 0:
-                        _dot_backward(features_x[b, i, j], features_y[b], field[b, i, j, k], gradient[b, i, j, k],
-                                      by_position[b, i, j, k], by_x[b, i, j], by_y[b])
+                        _dot_backward(
+                            features_x[b, i, j],
+                            features_y[b],
+                            field[b, i, j, k],
+                            gradient[b, i, j, k],
+                            by_position[b, i, j, k],
+                            by_x[b, i, j],
+                            by_y[b],
+                        )
 
 
 @njit(fastmath=_FAST)

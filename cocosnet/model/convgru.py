@@ -67,13 +67,18 @@ class Refinement(nn.Module):
         self.max_step, self.hidden = config.max_step, config.hidden
         self.encode = MatchEncoder(config.channels, config.candidates, config.hidden)
         self.memory = ConvGRU(config.hidden, config.hidden) if config.refinement == "gru" else Memoryless(config.hidden)
-        self.head = nn.Sequential(nn.Conv2d(config.hidden, config.hidden, 3, padding=1), nn.ReLU(),
-                                  nn.Conv2d(config.hidden, 2 * config.candidates, 3, padding=1))
+        self.head = nn.Sequential(
+            nn.Conv2d(config.hidden, config.hidden, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(config.hidden, 2 * config.candidates, 3, padding=1),
+        )
         with torch.no_grad():
             self.head[-1].weight.mul_(HEAD_GAIN)
             self.head[-1].bias.zero_()
 
-    def forward(self, state: Tensor | None, matches: Matches, features_x: Tensor, features_y: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, state: Tensor | None, matches: Matches, features_x: Tensor, features_y: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Returns the new state B,hidden,h,w and dH B,K,2,h,w float32, in pixels of the level, within +-max_step."""
         x = self.encode(matches, features_x, features_y)
         state = x.new_zeros(x.shape[0], self.hidden, *x.shape[-2:]) if state is None else state

@@ -1,4 +1,4 @@
-"""The discriminator D (Section 3.4): patch discriminators on a pyramid of the picture, every layer spectrally normalised."""
+"""The discriminator D (Section 3.4): patches judged on a pyramid of the picture, every layer spectrally normalised."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from cocosnet.model.layers import LEAK, instance_norm
 class Discriminator(nn.Module):
     """D(condition, image): is this a real picture of that condition?
 
-    condition B,C,H,W in [0, 1]; image B,3,H,W in [-1, 1]. Returns a list (a scale, fine to coarse) of lists (a layer) of
-    feature maps; the last map of each, B,1,h,w, is the score: unbounded, larger is more real.
+    condition B,C,H,W in [0, 1]; image B,3,H,W in [-1, 1]. Returns a list (a scale, fine to coarse) of lists (a layer)
+    of feature maps; the last map of each, B,1,h,w, is the score: unbounded, larger is more real.
     """
 
     def __init__(self, condition_channels: int, config: DiscriminatorConfig):
@@ -39,7 +39,8 @@ class PatchDiscriminator(nn.Module):
         widths = [min(config.width * 2**i, 8 * config.width) for i in range(config.layers)]
         self.hidden = nn.ModuleList(
             _conv4(a, b, stride=2 if i < config.layers - 1 else 1, bias=i == 0)
-            for i, (a, b) in enumerate(zip([inputs, *widths], widths)))
+            for i, (a, b) in enumerate(zip([inputs, *widths], widths))
+        )
         self.score = _conv4(widths[-1], 1, stride=1, bias=True)
 
     def forward(self, x: Tensor) -> list[Tensor]:

@@ -24,9 +24,13 @@ class Encoder(nn.Module):
         self.levels = config.levels
         channels = (config.stem_width, *config.widths)
         self.stem = conv(in_channels, config.stem_width, spectral=True)
-        self.down = nn.ModuleList(Down(a, b, 1 if i == 0 else 2) for i, (a, b) in enumerate(zip(channels, channels[1:])))
+        self.down = nn.ModuleList(
+            Down(a, b, 1 if i == 0 else 2) for i, (a, b) in enumerate(zip(channels, channels[1:]))
+        )
         # The block of a scale ends with the width that the next finer scale's skip connection has.
-        self.up = nn.ModuleList(SpadeBlock(b, a, in_channels, config.spade_hidden) for a, b in zip(channels, channels[1:]))
+        self.up = nn.ModuleList(
+            SpadeBlock(b, a, in_channels, config.spade_hidden) for a, b in zip(channels, channels[1:])
+        )
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Eq. 1-2. See the class for shapes."""
@@ -36,7 +40,7 @@ class Encoder(nn.Module):
             y = skips[scale] if y is None else skips[scale] + _double(y, skips[scale])
             y = self.up[scale](y, x)
             features.append(y)
-        return [F.normalize(f.float(), dim=1) for f in features[-self.levels:]]
+        return [F.normalize(f.float(), dim=1) for f in features[-self.levels :]]
 
     def _downward(self, x: Tensor) -> list[Tensor]:
         """Features of the down path, fine to coarse."""

@@ -30,7 +30,7 @@ def exact_warp(features_x: Tensor, features_y: Tensor, exemplar: Tensor, tempera
 
 @torch.no_grad()
 def exact_top_k(features_x: Tensor, features_y: Tensor, candidates: int) -> Matches:
-    """The K most similar positions of every pixel (Eq. 4), best first; empty slots where the map has fewer than K pixels.
+    """The K most similar positions of every pixel (Eq. 4), best first; a map of fewer than K pixels leaves slots empty.
 
     features_x B,C,h,w and features_y B,C,H,W of unit length. Returns Matches with integer positions.
     """

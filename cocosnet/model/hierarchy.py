@@ -44,7 +44,7 @@ class Projection(nn.Module):
 
 
 class CoarseLevel(nn.Module):
-    """N_1: every position against every other. All positions enter the soft warp, so the gradient reaches all features."""
+    """N_1: every position against every other. All enter the soft warp, so the gradient reaches all features."""
 
     def __init__(self, config: MatchingConfig):
         super().__init__()
@@ -79,7 +79,9 @@ class PatchMatchLevel(nn.Module):
             positions = matches.positions
         return Level(matches, warps)
 
-    def iterate(self, state: Tensor | None, positions: Tensor, features_x: Tensor, features_y: Tensor) -> tuple[Tensor | None, Matches]:
+    def iterate(
+        self, state: Tensor | None, positions: Tensor, features_x: Tensor, features_y: Tensor
+    ) -> tuple[Tensor | None, Matches]:
         """One iteration. Returns the GRU's state and the scored H_{t+1}."""
         engine = select_engine(self.backend, features_x)
         with torch.no_grad():
@@ -106,7 +108,9 @@ class Hierarchy(nn.Module):
         for index, (project, x, y) in enumerate(zip(self.projections, features_x, features_y)):
             x, y = project(x), project(y)
             picture = downsample(exemplar, 2 ** (len(self.projections) - 1 - index))
-            levels.append(self.fine[index - 1](levels[-1].matches, x, y, picture) if index else self.coarse(x, y, picture))
+            levels.append(
+                self.fine[index - 1](levels[-1].matches, x, y, picture) if index else self.coarse(x, y, picture)
+            )
         return levels
 
 

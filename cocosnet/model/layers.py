@@ -10,7 +10,9 @@ from torch.nn.utils.parametrizations import spectral_norm
 LEAK = 0.2  # slope of every LeakyReLU (release)
 
 
-def conv(inputs: int, outputs: int, kernel: int = 3, *, stride: int = 1, bias: bool = True, spectral: bool = False) -> nn.Module:
+def conv(
+    inputs: int, outputs: int, kernel: int = 3, *, stride: int = 1, bias: bool = True, spectral: bool = False
+) -> nn.Module:
     """A convolution that keeps the size (at stride 1), borders padded with zeros; optionally spectrally normalised."""
     layer = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=bias)
     nn.init.xavier_uniform_(layer.weight)
@@ -20,7 +22,7 @@ def conv(inputs: int, outputs: int, kernel: int = 3, *, stride: int = 1, bias: b
 
 
 def positional_norm(x_BCHW: Tensor) -> Tensor:
-    """Subtract the mean and divide by the standard deviation over the channels of each position (mu_hw, sigma_hw of Eq. 9).
+    """Subtract the mean and divide by the standard deviation over the channels of each position (Eq. 9).
 
     A layer norm over channels, which lie together in the channels-last layout.
     """
@@ -78,13 +80,13 @@ class ResidualBlock(nn.Module):
 
 
 def instance_norm(x_BCHW: Tensor) -> Tensor:
-    """Normalise each channel of each picture over its pixels; a map of one pixel passes unchanged (it has no spread)."""
+    """Normalise each channel of each picture over its pixels; a map of one pixel, which has no spread, stays."""
     return _InstanceNorm.apply(x_BCHW) if x_BCHW.shape[-2] * x_BCHW.shape[-1] > 1 else x_BCHW
 
 
 class _InstanceNorm(torch.autograd.Function):
-    """y = (x - mean) / sqrt(var + 1e-5). Written out because PyTorch's own copies channels-last maps into the other layout,
-    and its backward takes five times as long as this one on a CPU. Means are taken in float32 or better."""
+    """y = (x - mean) / sqrt(var + 1e-5). Written out because PyTorch's own copies channels-last maps into the other
+    layout, and its backward takes five times as long as this one on a CPU. Means are taken in float32 or better."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

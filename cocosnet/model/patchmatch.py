@@ -52,8 +52,16 @@ def neighbour_candidates(positions: Tensor, axis: int) -> Tensor:
     size = positions.shape[axis]
     step = torch.zeros_like(positions)
     step.select(2, 0 if axis == -2 else 1).fill_(1.0)
-    previous = torch.cat([positions.narrow(axis, 0, 1) - step.narrow(axis, 0, 1), positions.narrow(axis, 0, size - 1)], axis) + step
-    following = torch.cat([positions.narrow(axis, 1, size - 1), positions.narrow(axis, size - 1, 1) + step.narrow(axis, 0, 1)], axis) - step
+    previous = (
+        torch.cat([positions.narrow(axis, 0, 1) - step.narrow(axis, 0, 1), positions.narrow(axis, 0, size - 1)], axis)
+        + step
+    )
+    following = (
+        torch.cat(
+            [positions.narrow(axis, 1, size - 1), positions.narrow(axis, size - 1, 1) + step.narrow(axis, 0, 1)], axis
+        )
+        - step
+    )
     return torch.cat([positions, previous, following], dim=1)
 
 
@@ -91,14 +99,15 @@ def drop_duplicates(positions: Tensor, scores: Tensor) -> Tensor:
 def cosine(features_x: Tensor, features_y: Tensor, positions: Tensor) -> Tensor:
     """S(p, k) = cos(f^x(p), f^y(H(p, k))) of Eq. 7, with f^y read bilinearly.
 
-    Between pixels the mean of unit vectors is shorter than 1: a match between unlike pixels scores less, which is what a
-    match there deserves, so it is not stretched. Returns B,N,h,w; differentiable in all three. Candidates are sampled in
-    groups, so that no more than CHUNK feature values are held without a gradient.
+    Between pixels the mean of unit vectors is shorter than 1: a match between unlike pixels scores less, which is what
+    a match there deserves, so it is not stretched. Returns B,N,h,w; differentiable in all three. Candidates are sampled
+    in groups, so that no more than CHUNK feature values are held without a gradient.
     """
     batch, channels, height, width = features_x.shape
     group = max(1, CHUNK // (batch * channels * height * width))
-    return torch.cat([(features_x.unsqueeze(2) * sample(features_y, part)).sum(1)
-                      for part in positions.split(group, dim=1)], dim=1)
+    return torch.cat(
+        [(features_x.unsqueeze(2) * sample(features_y, part)).sum(1) for part in positions.split(group, dim=1)], dim=1
+    )
 
 
 def evaluate(positions: Tensor, features_x: Tensor, features_y: Tensor) -> Matches:
@@ -108,7 +117,6 @@ def evaluate(positions: Tensor, features_x: Tensor, features_y: Tensor) -> Match
     """
     positions = clamp_positions(positions, *features_y.shape[-2:])
     return Matches(positions, drop_duplicates(positions, cosine(features_x, features_y, positions)))
-
 
 
 @dataclass(frozen=True)
@@ -135,8 +143,10 @@ def select_engine(backend: str, features: Tensor) -> Engine:
     if backend == "reference" or (backend == "auto" and not (usable and _has_numba())):
         return REFERENCE
     if not (usable and _has_numba()):
-        raise MissingDependency("model.matching.backend=compiled needs a CPU, float32 features and numba: "
-                                "pip install numba, or set model.matching.backend=auto")
+        raise MissingDependency(
+            "model.matching.backend=compiled needs a CPU, float32 features and numba: "
+            "pip install numba, or set model.matching.backend=auto"
+        )
     from cocosnet.model import compiled
 
     return Engine("compiled", compiled.propagate, compiled.evaluate)

@@ -1,4 +1,4 @@
-"""The translation network G (Section 3.3, Eq. 9-10): a constant code, modulated scale by scale by the warped exemplars."""
+"""The translation network G (Section 3.3, Eq. 9-10): a constant code, modulated at every scale by the warped exemplars."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class Translator(nn.Module):
         inputs = (config.widths[0], *config.widths)
         self.blocks = nn.ModuleList(
             _scale(inputs[i], width, count, guide_channels, config.spade_hidden)
-            for i, (width, count) in enumerate(zip(config.widths, config.blocks)))
+            for i, (width, count) in enumerate(zip(config.widths, config.blocks))
+        )
         self.to_rgb = conv(config.widths[-1], 3, spectral=True)
         # Spectral normalisation bounds the last layer; a learned contrast lets it still reach black and white.
         self.contrast = nn.Parameter(torch.ones(()))

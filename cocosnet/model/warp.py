@@ -37,7 +37,9 @@ def sample(map_BCHW: Tensor, positions_BK2hw: Tensor) -> Tensor:
     span = positions_BK2hw.new_tensor([max(size - 1, 1) for size in map_BCHW.shape[-2:]]).view(1, 1, 2, 1, 1)
     normalised = positions_BK2hw * (2.0 / span) - 1.0
     grid = normalised.flip(2).permute(0, 1, 3, 4, 2).reshape(batch, candidates * height, width, 2)
-    values = F.grid_sample(map_BCHW, grid.to(map_BCHW.dtype), mode="bilinear", padding_mode="border", align_corners=True)
+    values = F.grid_sample(
+        map_BCHW, grid.to(map_BCHW.dtype), mode="bilinear", padding_mode="border", align_corners=True
+    )
     return values.view(batch, -1, candidates, height, width)
 
 

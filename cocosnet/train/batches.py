@@ -99,8 +99,13 @@ def make_sample(item: Mapping[str, Any], config: Config, *, pseudo: bool, genera
     else:
         other = torch.cat([item["exemplar_condition"], item["exemplar"]])
         other = _crop(other, config.data.size, item["id"], generator)
-    return Batch(condition=own[None, :channels], image=own[None, channels:], exemplar=other[None, channels:],
-                 exemplar_condition=other[None, :channels], pseudo=torch.tensor([float(pseudo)]))
+    return Batch(
+        condition=own[None, :channels],
+        image=own[None, channels:],
+        exemplar=other[None, channels:],
+        exemplar_condition=other[None, :channels],
+        pseudo=torch.tensor([float(pseudo)]),
+    )
 
 
 def stack(samples: Sequence[Batch]) -> Batch:

@@ -1,7 +1,7 @@
 """Several processes that train one model: `torchrun` starts them, each takes its share of every batch.
 
-Gradients are averaged before the step, so all ranks make the same step from the same weights. The launcher says who is who by
-the environment (RANK, WORLD_SIZE); without it there is one process and nothing here communicates.
+Gradients are averaged before the step, so all ranks make the same step from the same weights. The launcher says who is who
+by the environment (RANK, WORLD_SIZE); without it there is one process and nothing here communicates.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Ranks:
 
     @classmethod
     def join(cls, device: torch.device, batch: int) -> Ranks:
-        """Take the place that the launcher's environment gives. Raises ConfigError where `batch` cannot be shared evenly."""
+        """Take the place that the launcher gives. Raises ConfigError where `batch` cannot be shared evenly."""
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if batch % size:
             raise ConfigError(f"train.batch={batch} must be a multiple of the {size} processes")
@@ -76,3 +76,6 @@ class Ranks:
         value: Tensor = torch.tensor(int(flag), device=self.device)
         dist.all_reduce(value, how)
         return bool(value.item())
+
+
+ALONE = Ranks()  # one process

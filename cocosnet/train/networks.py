@@ -14,7 +14,7 @@ from cocosnet.losses.perceptual import Vgg, load_perceptual
 from cocosnet.model.cocosnet import CoCosNet
 from cocosnet.model.discriminator import Discriminator
 from cocosnet.model.mapping import Mapping
-from cocosnet.train.distributed import Ranks
+from cocosnet.train.distributed import ALONE, Ranks
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Networks:
     discriminator: Discriminator
     perceptual: Vgg | None
     precision: torch.dtype
-    ranks: Ranks = Ranks()
+    ranks: Ranks = ALONE
 
     def generator_parameters(self) -> list[nn.Parameter]:
         """What the generator's optimiser moves: encoders, matcher, translator and R."""
@@ -42,8 +42,9 @@ class Networks:
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16)
 
 
-def build_networks(config: Config, device: torch.device, precision: torch.dtype, init: str = "",
-                   ranks: Ranks = Ranks()) -> Networks:
+def build_networks(
+    config: Config, device: torch.device, precision: torch.dtype, init: str = "", ranks: Ranks = ALONE
+) -> Networks:
     """Fresh networks on `device`. The same config and seed give the same numbers; the global generator is left alone.
     `init`: a checkpoint that the model starts from.
 

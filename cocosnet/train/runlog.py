@@ -56,8 +56,9 @@ class Averages:
 
     def take(self) -> dict[str, float]:
         """The means; start afresh. A name that had no value is left out."""
-        means = {name: float(total / self._counts[name])
-                 for name, total in self._sums.items() if self._counts[name] > 0}
+        means = {
+            name: float(total / self._counts[name]) for name, total in self._sums.items() if self._counts[name] > 0
+        }
         self._sums, self._counts = {}, {}
         return means
 

@@ -31,8 +31,9 @@ class StepResult:
     applied: bool
 
 
-def generator_step(networks: Networks, optimizer: torch.optim.Optimizer, batch: Batch, config: LossConfig, *,
-                   adversarial_on: bool) -> StepResult:
+def generator_step(
+    networks: Networks, optimizer: torch.optim.Optimizer, batch: Batch, config: LossConfig, *, adversarial_on: bool
+) -> StepResult:
     """Move M, N, G and R down Eq. 19. `parts` holds the losses, their `total`, and `warp_psnr`."""
     networks.discriminator.requires_grad_(False)
     with networks.autocast():
@@ -54,16 +55,18 @@ def discriminator_step(networks: Networks, optimizer: torch.optim.Optimizer, bat
     return StepResult(fake, {"disc": loss.detach()}, applied)
 
 
-def generator_losses(networks: Networks, batch: Batch, config: LossConfig, *,
-                     adversarial_on: bool) -> tuple[dict[str, Tensor], Output]:
+def generator_losses(
+    networks: Networks, batch: Batch, config: LossConfig, *, adversarial_on: bool
+) -> tuple[dict[str, Tensor], Output]:
     """The generator's losses of Eq. 19, unweighted scalars by name, and the forward pass that they come from."""
     model = networks.model
     out = model(batch.condition, batch.exemplar, batch.exemplar_condition)
     parts = {
         "align": align_loss(out.features_x, model.encode_image(batch.image, batch.condition)),
         "corr": correspondence_loss(out.iteration_warps, batch.image, batch.pseudo, config.iteration_decay),
-        "map": mapping_loss(networks.mapping(out.features_x), batch.image,
-                            networks.mapping(out.features_y), batch.exemplar),
+        "map": mapping_loss(
+            networks.mapping(out.features_x), batch.image, networks.mapping(out.features_y), batch.exemplar
+        ),
     }
     if networks.perceptual is not None:
         parts |= perceptual_losses(networks.perceptual, out.image, batch)
@@ -84,8 +87,10 @@ def perceptual_losses(phi: nn.Module, output: Tensor, batch: Batch) -> dict[str,
         targets = phi(torch.cat([batch.image, batch.exemplar[real]]), PERCEPTUAL_LAYERS)
     ours, count = phi(output, PERCEPTUAL_LAYERS), len(batch.pseudo)
     truth = {name: value[:count] for name, value in targets.items()}
-    parts = {"sem": semantic.semantic_loss(ours, truth),
-             "feature": (batch.pseudo * appearance.feature_loss(ours, truth)).mean()}
+    parts = {
+        "sem": semantic.semantic_loss(ours, truth),
+        "feature": (batch.pseudo * appearance.feature_loss(ours, truth)).mean(),
+    }
     if len(real):
         exemplars = {name: value[count:] for name, value in targets.items()}
         chosen = {name: value[real] for name, value in ours.items()}

@@ -1,7 +1,7 @@
 """The training run: a folder that says all about itself, and a loop that can be stopped and resumed at any step.
 
-    RUN/config.yaml  stats.jsonl  model.safetensors  samples/IMAGES.jpg
-        checkpoints/state-IMAGES.pt  checkpoints/model-IMAGES.safetensors
+RUN/config.yaml  stats.jsonl  model.safetensors  samples/IMAGES.jpg
+    checkpoints/state-IMAGES.pt  checkpoints/model-IMAGES.safetensors
 """
 
 from __future__ import annotations
@@ -54,8 +54,14 @@ class Trainer:
         Stopped: SIGINT or SIGTERM; the state was saved. CocosError: the numbers have ceased to be finite.
     """
 
-    def __init__(self, config: Config, data_folder: str | Path, run_folder: str | Path,
-                 device: str | torch.device = "auto", on_tick: Callable[[dict[str, Any]], None] | None = None):
+    def __init__(
+        self,
+        config: Config,
+        data_folder: str | Path,
+        run_folder: str | Path,
+        device: str | torch.device = "auto",
+        on_tick: Callable[[dict[str, Any]], None] | None = None,
+    ):
         self.config, self.device, self.run = config, resolve_device(device), Path(run_folder)
         self.ranks = Ranks.join(self.device, config.train.batch)
         self.on_tick = on_tick if on_tick and self.ranks.writes else lambda tick: None
@@ -63,8 +69,9 @@ class Trainer:
         self.held_out = PairDataset(data_folder, config, split="val")
         precision = pick_precision(config.train.precision, self.device)
         begun = has_state(self.run / "checkpoints")  # then what the run started from is not needed any more
-        self.networks = build_networks(config, self.device, precision, init="" if begun else config.train.init,
-                                       ranks=self.ranks)
+        self.networks = build_networks(
+            config, self.device, precision, init="" if begun else config.train.init, ranks=self.ranks
+        )
         self.optimizer_g = self._adam(self.networks.generator_parameters(), config.train.lr_g)
         self.optimizer_d = self._adam(list(self.networks.discriminator.parameters()), config.train.lr_d)
         self.ema = Ema(self.networks.model, config.train.ema_images)
@@ -150,8 +157,16 @@ class Trainer:
         """Batches from the step at hand to the last one."""
         train = self.config.train
         steps = range(self.images // train.batch, -(-train.images // train.batch))
-        return iter(DataLoader(self.batches, batch_size=None, sampler=steps, num_workers=train.workers,
-                               pin_memory=self.device.type == "cuda", worker_init_fn=_ignore_interrupt))
+        return iter(
+            DataLoader(
+                self.batches,
+                batch_size=None,
+                sampler=steps,
+                num_workers=train.workers,
+                pin_memory=self.device.type == "cuda",
+                worker_init_fn=_ignore_interrupt,
+            )
+        )
 
     def _report(self) -> None:
         """What is due after a step: log line, samples, checkpoint, and the caller's tick."""
@@ -171,17 +186,29 @@ class Trainer:
         train, (images, since) = self.config.train, self._logged
         now = time.monotonic()
         speed = (self.images - images) / max(now - since, 1e-9)
-        self.log.write(self.images, {
-            **self.averages.take(), "lr_g": train.lr_g, "lr_d": train.lr_d if self._adversarial_on() else 0.0,
-            "images_per_second": speed, "seconds": now - self._started[1], "memory_mib": memory_mib(self.device)})
+        self.log.write(
+            self.images,
+            {
+                **self.averages.take(),
+                "lr_g": train.lr_g,
+                "lr_d": train.lr_d if self._adversarial_on() else 0.0,
+                "images_per_second": speed,
+                "seconds": now - self._started[1],
+                "memory_mib": memory_mib(self.device),
+            },
+        )
         self._logged = (self.images, now)
 
     def _tick(self) -> dict[str, Any]:
         images, since = self._started
         seconds = time.monotonic() - since
-        return {"images": self.images, "of": self.config.train.images, "seconds": seconds,
-                "images_per_second": (self.images - images) / max(seconds, 1e-9),
-                **{name: float(value) for name, value in self._last.items() if not torch.isnan(value)}}
+        return {
+            "images": self.images,
+            "of": self.config.train.images,
+            "seconds": seconds,
+            "images_per_second": (self.images - images) / max(seconds, 1e-9),
+            **{name: float(value) for name, value in self._last.items() if not torch.isnan(value)},
+        }
 
     def _count_skips(self, applied: bool) -> None:
         """Give up, with the state saved, after too many steps in a row that could not be made."""
@@ -190,21 +217,33 @@ class Trainer:
             self.log.note(self.images, "step skipped: a loss or a gradient is not finite")
         if self.skipped >= SKIP_LIMIT:
             self.save()
-            raise CocosError(f"{self.run}: {SKIP_LIMIT} steps in a row were not finite; start anew with lower "
-                             "train.lr_g and train.lr_d, or with train.precision=fp32")
+            raise CocosError(
+                f"{self.run}: {SKIP_LIMIT} steps in a row were not finite; start anew with lower "
+                "train.lr_g and train.lr_d, or with train.precision=fp32"
+            )
 
     def _sample_batch(self) -> Batch:
         """The same pairs every time; every other one with a pseudo exemplar."""
         pairs = self.held_out if len(self.held_out) else self.batches.pairs
         generator = step_generator(self.config.train.seed, _SAMPLE_STREAM, 0)
-        return stack([make_sample(pairs[index], self.config, pseudo=index % 2 == 0, generator=generator)
-                      for index in range(min(SAMPLE_ROWS, len(pairs)))])
+        return stack(
+            [
+                make_sample(pairs[index], self.config, pseudo=index % 2 == 0, generator=generator)
+                for index in range(min(SAMPLE_ROWS, len(pairs)))
+            ]
+        )
 
     def _parts(self) -> dict[str, Any]:
         """All that has a state, by its name in the file."""
         networks = self.networks
-        return {"model": networks.model, "mapping": networks.mapping, "discriminator": networks.discriminator,
-                "ema": self.ema.network, "optimizer_g": self.optimizer_g, "optimizer_d": self.optimizer_d}
+        return {
+            "model": networks.model,
+            "mapping": networks.mapping,
+            "discriminator": networks.discriminator,
+            "ema": self.ema.network,
+            "optimizer_g": self.optimizer_g,
+            "optimizer_d": self.optimizer_d,
+        }
 
     def _state(self) -> dict[str, Any]:
         return {"skipped": self.skipped, **{name: part.state_dict() for name, part in self._parts().items()}}
@@ -223,8 +262,10 @@ class Trainer:
         before, now = _flat(config_to_dict(load_config(path))), _flat(config_to_dict(self.config))
         for key in now:
             if before.get(key) != now[key] and key not in MAY_CHANGE:
-                raise ConfigError(f"{path}: this run has {key}={before.get(key)}, you ask for {now[key]}; "
-                                  "go on with the same config or choose another run folder")
+                raise ConfigError(
+                    f"{path}: this run has {key}={before.get(key)}, you ask for {now[key]}; "
+                    "go on with the same config or choose another run folder"
+                )
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

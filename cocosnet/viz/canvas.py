@@ -91,6 +91,8 @@ def stacked(images: Sequence[Image.Image], gap: int = 2 * GAP, margin: int = GAP
 
 def distinct_colors(count: int) -> list[tuple[int, int, int]]:
     """`count` saturated RGB colours; the same first ones whatever the count."""
-    colours = (colorsys.hsv_to_rgb(index * GOLDEN % 1, 1 - 0.35 * (index % 2), 1 - 0.2 * (index % 3 == 2))
-               for index in range(count))
+    colours = (
+        colorsys.hsv_to_rgb(index * GOLDEN % 1, 1 - 0.35 * (index % 2), 1 - 0.2 * (index % 3 == 2))
+        for index in range(count)
+    )
     return [tuple(round(255 * value) for value in colour) for colour in colours]

@@ -14,11 +14,27 @@ import torch
 from torch import Tensor
 
 # Anchors of the viridis colour map (Smith and van der Walt, CC0) at equal steps from 0 to 1.
-VIRIDIS = ((68, 1, 84), (72, 40, 120), (62, 74, 137), (49, 104, 142), (38, 130, 142), (31, 158, 137), (53, 183, 121),
-           (110, 206, 88), (181, 222, 43), (253, 231, 37))
+VIRIDIS = (
+    (68, 1, 84),
+    (72, 40, 120),
+    (62, 74, 137),
+    (49, 104, 142),
+    (38, 130, 142),
+    (31, 158, 137),
+    (53, 183, 121),
+    (110, 206, 88),
+    (181, 222, 43),
+    (253, 231, 37),
+)
 # The wheel's arcs: how many steps lead from each corner colour to the next (red, yellow, green, cyan, blue, magenta).
-ARCS = ((15, (255, 0, 0)), (6, (255, 255, 0)), (4, (0, 255, 0)), (11, (0, 255, 255)), (13, (0, 0, 255)),
-        (6, (255, 0, 255)))
+ARCS = (
+    (15, (255, 0, 0)),
+    (6, (255, 255, 0)),
+    (4, (0, 255, 0)),
+    (11, (0, 255, 255)),
+    (13, (0, 0, 255)),
+    (6, (255, 0, 255)),
+)
 
 
 @functools.cache

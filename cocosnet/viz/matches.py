@@ -26,8 +26,16 @@ def spread(height: int, width: int, count: int = 24) -> Tensor:
     return torch.cartesian_prod(ys, xs)
 
 
-def draw_matches(left: Picture, right: Picture, positions_2hw: Tensor, *, count: int = 24, height: int = 256,
-                 factor: float | None = None, gap: int = GAP) -> Image.Image:
+def draw_matches(
+    left: Picture,
+    right: Picture,
+    positions_2hw: Tensor,
+    *,
+    count: int = 24,
+    height: int = 256,
+    factor: float | None = None,
+    gap: int = GAP,
+) -> Image.Image:
     """Two pictures side by side, with a line from each chosen pixel of the left one to its match in the right one.
 
     A match outside the right picture (in what a network padded it with) is drawn at the nearest border.

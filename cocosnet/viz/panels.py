@@ -42,8 +42,16 @@ def _is_one_hot(condition_CHW: Tensor) -> bool:
     return bool((((condition_CHW == 0) | (condition_CHW == 1)).all() & (condition_CHW.sum(dim=0) == 1).all()).item())
 
 
-def warp_panel(condition: Tensor, exemplar: Tensor, image: Tensor, warps: Sequence[Tensor],
-               matches: Sequence[Matches], *, height: int = 256, lines: int = 24) -> Image.Image:
+def warp_panel(
+    condition: Tensor,
+    exemplar: Tensor,
+    image: Tensor,
+    warps: Sequence[Tensor],
+    matches: Sequence[Matches],
+    *,
+    height: int = 256,
+    lines: int = 24,
+) -> Image.Image:
     """One picture that explains one translation.
 
     First row: condition, exemplar, output. Then one row a level, coarse to fine: the warp, the offset of the best
@@ -69,12 +77,18 @@ def warp_panel(condition: Tensor, exemplar: Tensor, image: Tensor, warps: Sequen
     rows = []
     for index, (warp, offset, level) in enumerate(zip(warps, offsets, matches, strict=True)):
         name = f"level {index + 1} of {len(matches)}: {warp.shape[-1]}x{warp.shape[-2]}"
-        rows.append([titled(fit_height(to_image(warp), height), name, "warp"),
-                     _flow_tile(offset, scale, height), _score_tile(level.scores[0, 0], height),
-                     _match_tile(image, exemplar, fields[index], height, lines)])
+        rows.append(
+            [
+                titled(fit_height(to_image(warp), height), name, "warp"),
+                _flow_tile(offset, scale, height),
+                _score_tile(level.scores[0, 0], height),
+                _match_tile(image, exemplar, fields[index], height, lines),
+            ]
+        )
     widths = [max(tile.width for tile in column) for column in zip(*rows, strict=True)]
-    top = side_by_side([titled(fit_height(tile, height), name, f"{tile.width}x{tile.height}")
-                        for name, tile in first.items()])
+    top = side_by_side(
+        [titled(fit_height(tile, height), name, f"{tile.width}x{tile.height}") for name, tile in first.items()]
+    )
     return stacked([top, *(side_by_side(row, widths) for row in rows)])
 
 

@@ -78,8 +78,15 @@ def row_of(record: Record) -> Row:
     return Row(record.id, {name: path for name, path in known.items() if path}, error=record.error)
 
 
-def write_report(path: str | Path, rows: Iterable[Row | Record], title: str, notes: Iterable[str] = (), *,
-                 metrics: Mapping[str, Any] | None = None, embed: bool = True) -> None:
+def write_report(
+    path: str | Path,
+    rows: Iterable[Row | Record],
+    title: str,
+    notes: Iterable[str] = (),
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    embed: bool = True,
+) -> None:
     """Write the page.
 
     Args:
@@ -104,9 +111,11 @@ def write_report(path: str | Path, rows: Iterable[Row | Record], title: str, not
 
 def _write_head(page: TextIO, title: str, notes: Iterable[str], metrics: Mapping[str, Any] | None) -> None:
     heading = html.escape(title)
-    page.write('<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-               '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-               f"<title>{heading}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{heading}</h1>\n")
+    page.write(
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{heading}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{heading}</h1>\n"
+    )
     page.writelines(f"<p>{html.escape(note)}</p>\n" for note in notes)
     if metrics:
         page.writelines(_metrics_table(metrics))
@@ -118,9 +127,11 @@ def _metrics_table(result: Mapping[str, Any]) -> Iterator[str]:
     for name, entry in result["metrics"].items():
         value = "none" if entry["value"] is None else f"{entry['value']:.{VALUE_DIGITS}g}"
         remark = f"<br>{html.escape(entry['note'])}" if entry.get("note") else ""
-        yield (f'<tr><td>{html.escape(name)}</td><td class="number">{value}</td>'
-               f'<td class="number">{entry["count"]}</td>'
-               f"<td><small>{html.escape(entry['protocol'])}{remark}</small></td></tr>\n")
+        yield (
+            f'<tr><td>{html.escape(name)}</td><td class="number">{value}</td>'
+            f'<td class="number">{entry["count"]}</td>'
+            f"<td><small>{html.escape(entry['protocol'])}{remark}</small></td></tr>\n"
+        )
     yield f"</table>\n<p><small>{result['count']} pairs measured, {result['failed']} failed</small></p>\n"
 
 
@@ -147,8 +158,10 @@ def _picture(picture: str | Path | Image.Image, description: str, folder: Path, 
     link = not embed and not isinstance(picture, Image.Image) and Path(picture).suffix.lower() in WEB_SUFFIXES
     reduced = image if link else thumbnail(image)
     source = _relative(picture, folder) if link else data_uri(reduced)
-    return (f'<img src="{source}" width="{reduced.width}" height="{reduced.height}" alt="{html.escape(description)}" '
-            'loading="lazy" decoding="async">')
+    return (
+        f'<img src="{source}" width="{reduced.width}" height="{reduced.height}" alt="{html.escape(description)}" '
+        'loading="lazy" decoding="async">'
+    )
 
 
 def _relative(path: str | Path, folder: Path) -> str:

@@ -9,8 +9,13 @@ from PIL import Image, ImageDraw
 from cocosnet.viz.canvas import BACKGROUND, FAINT, GAP, INK, LINE, Picture, as_image, fit_height, font, shorten
 
 
-def contact_sheet(rows: Sequence[Sequence[Picture | None]], *, titles: Sequence[str] = (),
-                  captions: Sequence[Sequence[str]] = (), height: int = 128) -> Image.Image:
+def contact_sheet(
+    rows: Sequence[Sequence[Picture | None]],
+    *,
+    titles: Sequence[str] = (),
+    captions: Sequence[Sequence[str]] = (),
+    height: int = 128,
+) -> Image.Image:
     """A grid of pictures.
 
     Args:
@@ -45,5 +50,7 @@ def contact_sheet(rows: Sequence[Sequence[Picture | None]], *, titles: Sequence[
 
 def _column_widths(cells: Sequence[Sequence[Image.Image | None]], titles: Sequence[str]) -> list[int]:
     count = max([len(titles), *(len(row) for row in cells)])
-    return [max([1, *(row[column].width for row in cells if column < len(row) and row[column] is not None)])
-            for column in range(count)]
+    return [
+        max([1, *(row[column].width for row in cells if column < len(row) and row[column] is not None)])
+        for column in range(count)
+    ]

@@ -70,8 +70,11 @@ def _hed(device: torch.device) -> Extractor:
 
     path = find_weights("hed")
     network = load_hed(path).to(device)
-    return Extractor("hed", lambda image: hed_edges(network, image),
-                     {"network": "hed", "sha256": _sha256(path), "work_side": WORK_SIDE, "border": BORDER})
+    return Extractor(
+        "hed",
+        lambda image: hed_edges(network, image),
+        {"network": "hed", "sha256": _sha256(path), "work_side": WORK_SIDE, "border": BORDER},
+    )
 
 
 def _hed_small(device: torch.device) -> Extractor:
@@ -79,8 +82,11 @@ def _hed_small(device: torch.device) -> Extractor:
 
     path = packed_file(FILENAME)
     network = load_hed_small(path).to(device)
-    return Extractor("hed-small", lambda image: hed_small_edges(network, image),
-                     {"network": "hed-small", "sha256": _sha256(path), "work_side": WORK_SIDE})
+    return Extractor(
+        "hed-small",
+        lambda image: hed_small_edges(network, image),
+        {"network": "hed-small", "sha256": _sha256(path), "work_side": WORK_SIDE},
+    )
 
 
 def _image(device: torch.device) -> Extractor:

@@ -61,8 +61,9 @@ def load_hed(path: str | Path) -> HED:
         state = load_file(path) if Path(path).suffix == ".safetensors" else torch.load(path, weights_only=True)
         network.load_state_dict({_own_name(key): value.float() for key, value in state.items()})
     except Exception as error:  # safetensors, unpickling and shape errors share no base class
-        raise CheckpointError(f"{path}: not the weights of HED ({' '.join(str(error).split())[:160]}); "
-                              "remove the file and fetch it again") from error
+        raise CheckpointError(
+            f"{path}: not the weights of HED ({' '.join(str(error).split())[:160]}); remove the file and fetch it again"
+        ) from error
     return network
 
 

@@ -23,8 +23,9 @@ FILENAME = "hed-small.safetensors"  # in the package's assets
 
 
 def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs),
-                         nn.ReLU(inplace=True))
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+    )
 
 
 class HedSmall(nn.Module):
@@ -33,8 +34,9 @@ class HedSmall(nn.Module):
     def __init__(self, widths: tuple[int, ...] = WIDTHS) -> None:
         super().__init__()
         self.stem = _block(3, widths[0])
-        self.down = nn.ModuleList(nn.Sequential(_block(fine, coarse, stride=2), _block(coarse, coarse))
-                                  for fine, coarse in pairwise(widths))
+        self.down = nn.ModuleList(
+            nn.Sequential(_block(fine, coarse, stride=2), _block(coarse, coarse)) for fine, coarse in pairwise(widths)
+        )
         self.context = _block(widths[-1], widths[-1])
         self.lateral = nn.ModuleList(nn.Conv2d(coarse, fine, 1) for fine, coarse in pairwise(widths))
         self.up = nn.ModuleList(_block(fine, fine) for fine in widths[:-1])
@@ -69,11 +71,13 @@ def load_hed_small(path: str | Path | None = None) -> HedSmall:
     path = path or packed_file(FILENAME)
     network = HedSmall().eval().requires_grad_(False)
     try:
-        network.load_state_dict({key: value if value.dtype == torch.int64 else value.float()
-                                 for key, value in load_file(path).items()})
+        network.load_state_dict(
+            {key: value if value.dtype == torch.int64 else value.float() for key, value in load_file(path).items()}
+        )
     except Exception as error:  # safetensors and shape errors share no base class
-        raise CheckpointError(f"{path}: not the weights of hed-small ({' '.join(str(error).split())[:160]}); "
-                              "install cocosctl again") from error
+        raise CheckpointError(
+            f"{path}: not the weights of hed-small ({' '.join(str(error).split())[:160]}); install cocosctl again"
+        ) from error
     return network
 
 

@@ -108,7 +108,7 @@ def _batches(pictures: np.ndarray, edges: np.ndarray, plan: TrainingPlan) -> Ite
     passes = plan.steps * plan.batch // len(pictures) + 1
     order = np.concatenate([rng.permutation(len(pictures)) for _ in range(passes)])
     for step in range(plan.steps):
-        chosen = order[step * plan.batch:(step + 1) * plan.batch]
+        chosen = order[step * plan.batch : (step + 1) * plan.batch]
         mirror = 1 if rng.random() < 0.5 else -1
         rows, columns = (slice(start, start + plan.patch) for start in rng.integers(0, CROP - plan.patch + 1, 2))
         patches = pictures[chosen][:, rows, columns][:, :, ::mirror, ::-1].copy()
@@ -126,19 +126,30 @@ def measure(network: HedSmall, pictures: np.ndarray, edges: np.ndarray) -> dict[
         error += (ours - target).abs().mean().item()
         hits += ((ours > 0.5) & (target > 0.5)).sum().item()
         found, true = found + (ours > 0.5).sum().item(), true + (target > 0.5).sum().item()
-    return {"l1": round(error / len(pictures), 5), "f_measure": round(2 * hits / (found + true), 4),
-            "pictures": len(pictures)}
+    return {
+        "l1": round(error / len(pictures), 5),
+        "f_measure": round(2 * hits / (found + true), 4),
+        "pictures": len(pictures),
+    }
 
 
 def write_network(network: HedSmall, path: Path, facts: dict[str, object]) -> None:
     """Store the weights as fp16 safetensors; `facts` go into the file's metadata, one JSON text a key."""
-    state = {key: (value.half() if value.is_floating_point() else value).contiguous()
-             for key, value in network.state_dict().items()}
+    state = {
+        key: (value.half() if value.is_floating_point() else value).contiguous()
+        for key, value in network.state_dict().items()
+    }
     atomic_write(path, save(state, {key: json.dumps(value) for key, value in facts.items()}))
 
 
-def run(folders: Sequence[Path], out: Path, hed_weights: Path, plan: TrainingPlan, cache: Path | None = None,
-        limit: int | None = None) -> dict[str, object]:
+def run(
+    folders: Sequence[Path],
+    out: Path,
+    hed_weights: Path,
+    plan: TrainingPlan,
+    cache: Path | None = None,
+    limit: int | None = None,
+) -> dict[str, object]:
     """Pairs, training, measurement and file in one; returns what was written as metadata.
 
     Args:
@@ -149,8 +160,12 @@ def run(folders: Sequence[Path], out: Path, hed_weights: Path, plan: TrainingPla
     pictures, edges = _cached_pairs(photos, hed_weights, plan, cache)
     held = np.array([is_held_out(photo, plan.held_out) for photo in photos])
     network = train(pictures[~held], edges[~held], plan)
-    facts: dict[str, object] = {"network": {"name": "hed-small", "widths": WIDTHS}, "plan": asdict(plan),
-                                "trained_on": [folder.name for folder in folders], "pictures": int((~held).sum())}
+    facts: dict[str, object] = {
+        "network": {"name": "hed-small", "widths": WIDTHS},
+        "plan": asdict(plan),
+        "trained_on": [folder.name for folder in folders],
+        "pictures": int((~held).sum()),
+    }
     for folder in folders:
         chosen = held & np.array([folder in photo.parents for photo in photos])
         if chosen.any():
@@ -159,8 +174,9 @@ def run(folders: Sequence[Path], out: Path, hed_weights: Path, plan: TrainingPla
     return facts
 
 
-def _cached_pairs(photos: Sequence[Path], weights: Path, plan: TrainingPlan,
-                  cache: Path | None) -> tuple[np.ndarray, np.ndarray]:
+def _cached_pairs(
+    photos: Sequence[Path], weights: Path, plan: TrainingPlan, cache: Path | None
+) -> tuple[np.ndarray, np.ndarray]:
     if cache is not None and cache.exists():
         with np.load(cache) as stored:
             return stored["pictures"], stored["edges"]
@@ -187,6 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     hed = options.hed
     if hed is None:
         from cocosnet.weights import find_weights
+
         hed = find_weights("hed")
     facts = run(options.folders, options.out, hed, TrainingPlan(steps=options.steps), options.cache, options.limit)
     log.info("%s", json.dumps(facts))
