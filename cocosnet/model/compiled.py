@@ -29,8 +29,8 @@ EMPTY = np.float32(-np.inf)
 def _torch_threads() -> Iterator[None]:
     """Run numba on as many threads as PyTorch uses, and leave PyTorch's number alone.
 
-    The two share one OpenMP, whose number numba sets; left changed, PyTorch would sum in another order from then on, and
-    a resumed run would differ from an undisturbed one in its last bits.
+    The two share one OpenMP, whose number numba sets; left changed, PyTorch would sum in another order from then on,
+    and a resumed run would differ from an undisturbed one in its last bits.
     """
     count = torch.get_num_threads()
     numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))

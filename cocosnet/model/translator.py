@@ -1,4 +1,4 @@
-"""The translation network G (Section 3.3, Eq. 9-10): a constant code, modulated at every scale by the warped exemplars."""
+"""The translation network G (Section 3.3, Eq. 9-10): a constant code, modulated at every scale by the warps."""
 
 from __future__ import annotations
 

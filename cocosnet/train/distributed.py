@@ -1,7 +1,7 @@
 """Several processes that train one model: `torchrun` starts them, each takes its share of every batch.
 
-Gradients are averaged before the step, so all ranks make the same step from the same weights. The launcher says who is who
-by the environment (RANK, WORLD_SIZE); without it there is one process and nothing here communicates.
+Gradients are averaged before the step, so all ranks make the same step from the same weights. The launcher says who is
+who by the environment (RANK, WORLD_SIZE); without it there is one process and nothing here communicates.
 """
 
 from __future__ import annotations
