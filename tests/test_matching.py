@@ -177,6 +177,8 @@ def test_the_candidates_of_a_pixel_stay_distinct_to_the_last_level(backend):
     x = [F.avg_pool2d(unit(7, 1, 8, 32, 32), factor) for factor in (4, 2, 1)]
     levels = hierarchy(x, [torch.roll(f, 1, 2) for f in x], torch.rand(1, 3, 32, 32))
     for level in levels:
+        assert torch.isfinite(level.matches.scores[:, 0]).all()  # the best match is never an empty slot
+        assert (level.matches.scores.diff(dim=1)[torch.isfinite(level.matches.scores[:, 1:])] <= 0).all()
         pixels = level.matches.positions.round()
         distinct = 0
         for i in range(pixels.shape[-2]):

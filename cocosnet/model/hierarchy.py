@@ -15,7 +15,7 @@ from cocosnet.config import MatchingConfig
 from cocosnet.model.convgru import Refinement
 from cocosnet.model.exact import exact_top_k, exact_warp
 from cocosnet.model.matches import Matches
-from cocosnet.model.patchmatch import select_engine
+from cocosnet.model.patchmatch import best_first, select_engine
 from cocosnet.model.warp import downsample, soft_warp, upsample_positions
 
 
@@ -77,7 +77,7 @@ class PatchMatchLevel(nn.Module):
             if self.training or iteration == self.iterations - 1:
                 warps.append(soft_warp(exemplar, matches.positions, matches.scores, self.temperature))
             positions = matches.positions
-        return Level(matches, warps)
+        return Level(best_first(matches), warps)
 
     def iterate(
         self, state: Tensor | None, positions: Tensor, features_x: Tensor, features_y: Tensor

@@ -119,6 +119,13 @@ def evaluate(positions: Tensor, features_x: Tensor, features_y: Tensor) -> Match
     return Matches(positions, drop_duplicates(positions, cosine(features_x, features_y, positions)))
 
 
+def best_first(matches: Matches) -> Matches:
+    """The candidates of every pixel in order of their scores, empty slots last. Differentiable."""
+    order = torch.argsort(matches.scores, dim=1, descending=True, stable=True)
+    positions = torch.gather(matches.positions, 1, order.unsqueeze(2).expand_as(matches.positions))
+    return Matches(positions, torch.gather(matches.scores, 1, order))
+
+
 @dataclass(frozen=True)
 class Engine:
     """A way to compute the two operations; every engine has the signatures and results of this file's functions."""
