@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,3 +18,15 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the real data of {folder}; point COCOSCTL_SHARED at it")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Training tests compare bits, which depend on the number of threads; the others run as they are."""
+    import torch
+
+    before = torch.get_num_threads()
+    if "train" in request.module.__name__:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -96,6 +96,7 @@ def test_instance_norm_equals_pytorchs_in_value_and_gradient():
     assert torch.equal(instance_norm(torch.full((1, 2, 1, 1), 7.0)), torch.full((1, 2, 1, 1), 7.0))
 
 
+@pytest.mark.timeout(1200)  # half a minute of processor time, more where the machine is shared
 def test_the_papers_512_configuration_runs_forward_and_backward_at_reduced_width():
     config = load_config(
         "deepfashion-512",

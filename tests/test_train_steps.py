@@ -22,14 +22,6 @@ CPU = torch.device("cpu")
 SMALL_VGG = VggShape(counts=(2, 2, 2, 2, 2), widths=(8,) * 5, scale=(1.0,) * 3, shift=(0.0,) * 3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     return PairDataset(prepared_folder(tmp_path_factory.mktemp("prepared")), tiny(), split="train")
