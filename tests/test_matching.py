@@ -160,6 +160,18 @@ def test_the_compiled_engine_leaves_the_number_of_threads_alone():
     assert done.stdout == "1\n"
 
 
+def test_without_numba_the_reference_runs_and_says_so_once():
+    program = """if True:
+        import sys
+        sys.modules["numba"] = None  # what an import finds where numba is not installed
+        import torch
+        from cocosnet.model.patchmatch import select_engine
+        print([select_engine("auto", torch.zeros(1)).name for _ in range(2)])"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "['reference', 'reference']\n"
+    assert len(done.stderr.splitlines()) == 1 and "reference engine" in done.stderr
+
+
 def test_an_engine_that_cannot_run_is_refused_by_name():
     with pytest.raises(MissingDependency, match="float32"):
         select_engine("compiled", torch.zeros(1, dtype=torch.float64))

@@ -12,7 +12,6 @@ Shapes: B batch, C channels, K candidates, h w the condition's map, H W the exem
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -147,22 +146,21 @@ def select_engine(backend: str, features: Tensor) -> Engine:
         MissingDependency: `compiled` is asked for by name and cannot run here.
     """
     usable = features.device.type == "cpu" and features.dtype == torch.float32
-    if backend == "reference" or (backend == "auto" and not (usable and _has_numba())):
-        return REFERENCE
-    if not (usable and _has_numba()):
+    engine = _compiled() if usable and backend != "reference" else None
+    if engine is None and backend == "compiled":
         raise MissingDependency(
-            "model.matching.backend=compiled needs a CPU, float32 features and numba: "
+            "model.matching.backend=compiled needs a CPU, float32 features and a working numba: "
             "pip install numba, or set model.matching.backend=auto"
         )
-    from cocosnet.model import compiled
-
-    return Engine("compiled", compiled.propagate, compiled.evaluate)
+    return engine or REFERENCE
 
 
 @functools.cache
-def _has_numba() -> bool:
-    """Whether the compiler is there; said once in the log where it is not, since the reference is much slower."""
-    if importlib.util.find_spec("numba") is None:
-        logger.warning("numba is not installed: matching runs on its slow reference engine; pip install numba")
-        return False
-    return True
+def _compiled() -> Engine | None:
+    """The compiled engine, or None where it cannot be loaded, which is said once: the reference is much slower."""
+    try:
+        from cocosnet.model import compiled
+    except (ImportError, RuntimeError) as error:  # absent, too old for this NumPy, or no folder for its cache
+        logger.warning("matching runs on its slow reference engine, since numba does not load (%s)", error)
+        return None
+    return Engine("compiled", compiled.propagate, compiled.evaluate)
