@@ -53,7 +53,7 @@ REGISTRY = {
             sha256="05e27821ad04403e9f63d21d7282a0e7767cd0b4c5b0ff3d549b2a75949364fc",
             licence="CC BY 4.0 (Oxford VGG)",
             size=29_431_664,
-            used_by="train with loss.perceptual: vgg16-caffe; eval's semantic and style metrics",
+            used_by="train with loss.perceptual: vgg16-caffe",
             source="convolutions of Oxford's Caffe VGG-16 as fp16 safetensors (keys conv{block}_{i}.{weight,bias})",
         ),
         WeightFile(
