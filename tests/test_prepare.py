@@ -282,7 +282,7 @@ def test_killed_and_run_again_equals_an_undisturbed_run(photos: Path, tmp_path: 
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        for path in killed.glob("*/[!.]*.png"):  # what has a name of its own is whole; a temporary file may be half-written
+        for path in killed.glob("*/[!.]*.png"):  # a temporary file may be half-written
             Image.open(path).load()
     (killed / "images" / ".tmp-left.png").write_bytes(b"half")
     assert "skipped" in {record.status for record in run(photos, killed)}
