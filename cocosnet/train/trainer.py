@@ -269,7 +269,10 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Turn the first SIGINT or SIGTERM into a stop after the step at hand; a second one acts as it always does."""
+        """Turn the first SIGINT or SIGTERM into a stop after the step at hand; a second one acts as it always does.
+
+        Under a launcher it does not: that may repeat what the processes were already told, and kills in the end.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -277,7 +280,8 @@ class Trainer:
 
         def stop(number: int, frame: Any) -> None:
             self.stop_signal = number
-            signal.signal(number, before[number])
+            if self.ranks.size == 1:
+                signal.signal(number, before[number])
 
         for number in before:
             signal.signal(number, stop)

@@ -18,6 +18,7 @@ from cocosnet.viz.flow import flow_colors, score_colors, typical_maximum
 from cocosnet.viz.matches import draw_matches
 
 BAR = 10  # px, height of the colour bar under a score map
+LOWEST_SCORES = 0.02  # share of the scores that fall below its colours
 
 
 def condition_image(condition_CHW: Tensor) -> Image.Image:
@@ -100,14 +101,18 @@ def _flow_tile(offset_2hw: Tensor, scale: float, height: int) -> Image.Image:
 
 
 def _score_tile(score_hw: Tensor, height: int) -> Image.Image:
-    """Cosines from 0 to 1, the colour bar in the tile's lowest rows, and their mean."""
-    tile = fit_height(Image.fromarray(score_colors(score_hw)), height)
+    """Cosines from their 2nd percentile to 1, the colour bar in the tile's lowest rows, and their mean.
+
+    Trained features are close to each other wherever they match: over all of 0 to 1 the map would be one colour.
+    """
+    finite = score_hw[torch.isfinite(score_hw)].detach().float().cpu()
+    low = min(float(np.quantile(finite.numpy(), LOWEST_SCORES)), 1 - 1e-4) if finite.numel() else 0.0
+    tile = fit_height(Image.fromarray(score_colors(score_hw, low=low)), height)
     bar = Image.fromarray(score_colors(torch.linspace(0, 1, tile.width).expand(BAR, -1)))
     tile.paste((255, 255, 255), (0, height - BAR - 2, tile.width, height - BAR))
     tile.paste(bar, (0, height - BAR))
-    finite = score_hw[torch.isfinite(score_hw)].float()
-    mean = f"mean {finite.mean().item():.2f}" if finite.numel() else "none"
-    return titled(tile, "cosine of best match", f"violet 0 to yellow 1, {mean}")
+    mean = f"mean {finite.mean().item():.3f}" if finite.numel() else "none"
+    return titled(tile, "cosine of best match", f"violet {low:.3f} to yellow 1, {mean}")
 
 
 def _match_tile(image: Tensor, exemplar: Tensor, field_2hw: Tensor, height: int, lines: int) -> Image.Image:
