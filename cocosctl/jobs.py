@@ -46,6 +46,21 @@ def check_form(condition: Path | None, exemplar: Path | None, manifest: str | No
         raise typer.BadParameter("give two files, CONDITION and EXEMPLAR, or --manifest", param_hint="CONDITION")
 
 
+def run(
+    condition: Path | None,
+    exemplar: Path | None,
+    manifest: str | None,
+    limit: int | None,
+    output: Path,
+    step: Step,
+    out: Output,
+) -> list[Record]:
+    """Handle two files, or the records of a manifest where one is given. Returns the records as they were printed."""
+    if manifest is None:
+        return [run_pair(condition, exemplar, output, step, out)]
+    return run_many(open_records(manifest, limit), output, step, out)
+
+
 def run_pair(condition: Path, exemplar: Path, output: Path, step: Step, out: Output) -> Record:
     """Handle one pair of files and print what became of it; what is wrong is raised."""
     record = step(Record(id=output.stem or "pair", condition=str(condition), exemplar=str(exemplar)), output)

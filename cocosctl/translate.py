@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Option
 
 from cocosctl import options
-from cocosctl.jobs import Step, check_form, finish, open_records, planned, run_many, run_pair
+from cocosctl.jobs import Step, check_form, finish, planned, run
 from cocosctl.output import Output
 from cocosnet.data.records import Record
 
@@ -39,10 +39,7 @@ def translate(
     check_form(condition, exemplar, manifest)
     out = Output(as_json, quiet, verbose)
     step = planned if dry_run else _translation(weights, device, raw, size, overwrite, report is not None)
-    if manifest is None:
-        done = [run_pair(condition, exemplar, output, step, out)]
-    else:
-        done = run_many(open_records(manifest, limit), output, step, out)
+    done = run(condition, exemplar, manifest, limit, output, step, out)
     if report is not None and not dry_run:
         _report(report, done, weights)
         out.note(f"report: {report}")

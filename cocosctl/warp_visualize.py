@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Option
 
 from cocosctl import options
-from cocosctl.jobs import Step, check_form, finish, open_records, planned, run_many, run_pair
+from cocosctl.jobs import Step, check_form, finish, planned, run
 from cocosctl.output import Output
 
 
@@ -36,10 +36,7 @@ def warp_visualize(
     check_form(condition, exemplar, manifest)
     out = Output(as_json, quiet, verbose)
     step = planned if dry_run else _visualization(weights, device, raw, size)
-    if manifest is None:
-        done = [run_pair(condition, exemplar, output, step, out)]
-    else:
-        done = run_many(open_records(manifest, limit), output, step, out)
+    done = run(condition, exemplar, manifest, limit, output, step, out)
     finish(done, out)
 
 
