@@ -1,7 +1,8 @@
 """Released weights: one safetensors file with the config inside. (Resume states are another thing: `train/state.py`.)
 
-A file holds the tensors of `CoCosNet.state_dict()`, stored as bfloat16 or float32, and the metadata `cocosctl.config`
-(the config tree as JSON). It is read without running any code, and a file that does not fit is refused.
+A file holds the tensors of the model's `state_dict()`, stored as bfloat16 or float32, and the metadata
+`cocosctl.config` (the config tree as JSON). It is read without running any code, and a file that does not
+fit is refused.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from torch import Tensor
 from cocosnet.config import Config, config_from_dict, config_to_dict
 from cocosnet.errors import CheckpointError, ConfigError, MissingDependency, MissingWeights
 from cocosnet.files import atomic_path
-from cocosnet.model.cocosnet import CoCosNet
+from cocosnet.model.build import Model, build_model
 
 CONFIG_KEY = "cocosctl.config"
 ASSET_FOLDER = Path(__file__).parent / "assets"
 SHIPPED = ("demo",)  # checkpoints inside the package, by name
 
 
-def load_model(weights: str | Path, device: str = "auto") -> CoCosNet:
+def load_model(weights: str | Path, device: str = "auto") -> Model:
     """Load a model by a shipped name (`demo`) or a file, in evaluation mode, frozen.
 
     Raises:
@@ -35,13 +36,13 @@ def load_model(weights: str | Path, device: str = "auto") -> CoCosNet:
     """
     target = resolve_device(device)
     path = find_checkpoint(weights)
-    model = CoCosNet(read_checkpoint(path)[0])
+    model = build_model(read_checkpoint(path)[0])
     load_tensors(model, path)
     model = model.to(target, memory_format=torch.channels_last)
     return model.eval().requires_grad_(False)
 
 
-def load_tensors(model: CoCosNet, path: Path) -> None:
+def load_tensors(model: Model, path: Path) -> None:
     """Fill a model from a checkpoint, whose every tensor must fit. Raises CheckpointError listing what does not."""
     tensors = read_checkpoint(path)[1]
     _check_fit(path, model.state_dict(), tensors)
@@ -49,7 +50,7 @@ def load_tensors(model: CoCosNet, path: Path) -> None:
 
 
 def save_model(
-    path: str | Path, model: CoCosNet, metadata: dict[str, str] | None = None, *, compact: bool = False
+    path: str | Path, model: Model, metadata: dict[str, str] | None = None, *, compact: bool = False
 ) -> None:
     """Write a model atomically. `metadata`: further text, such as how it was trained. `compact` stores bfloat16.
 

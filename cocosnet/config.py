@@ -22,6 +22,7 @@ from cocosnet.errors import ConfigError
 
 PRESET_FOLDER = Path(__file__).parent / "configs"
 TASKS = ("edge", "mask", "pose")
+KINDS = ("cocosnet-v2", "cocosnet", "spade")
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,16 @@ class DiscriminatorConfig:
 class ModelConfig:
     """Everything that fixes the shapes of the networks."""
 
+    kind: str = "cocosnet-v2"  # the paper's method, or a system that it compares with: cocosnet (v1) or spade
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     matching: MatchingConfig = field(default_factory=MatchingConfig)
     translator: TranslatorConfig = field(default_factory=TranslatorConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+
+    @property
+    def matched_levels(self) -> int:
+        """Levels of the pyramid that are matched, from the coarsest on: all, one (CoCosNet) or none (SPADE)."""
+        return {"cocosnet-v2": self.encoder.levels, "cocosnet": 1, "spade": 0}[self.kind]
 
 
 @dataclass(frozen=True)
@@ -294,6 +301,7 @@ def _check(config: Config) -> None:
     """Refuse what cannot work, naming the keys at fault."""
     encoder, matching, translator = config.model.encoder, config.model.matching, config.model.translator
     _one_of("data.task", config.data.task, TASKS)
+    _one_of("model.kind", config.model.kind, KINDS)
     _one_of("data.crop", config.data.crop, ("none", "square", "face"))
     _one_of("model.matching.refinement", matching.refinement, ("gru", "conv", "none"))
     _one_of("model.matching.backend", matching.backend, ("auto", "reference", "compiled"))

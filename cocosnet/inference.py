@@ -24,9 +24,10 @@ from cocosnet.data.conditions import condition_filter, condition_to_tensor, load
 from cocosnet.data.extractors import Extractor, get_extractor
 from cocosnet.data.images import load_rgb, resize_shorter, save_image, shown, to_image, to_tensor
 from cocosnet.data.records import Record
-from cocosnet.errors import DataError
+from cocosnet.errors import ConfigError, DataError
 from cocosnet.files import atomic_path
-from cocosnet.model.cocosnet import CoCosNet, Output
+from cocosnet.model.build import Model
+from cocosnet.model.cocosnet import Output
 
 STAMP_KEY = "cocosctl.stamp"  # text chunk of a written PNG: what it was made of
 COLOURED = 12.0  # mean saturation (0..255) above which a picture is a photograph, not a grey edge map
@@ -67,7 +68,7 @@ class Translator:
         size: int | None = None,
         keep_parts: bool = False,
     ):
-        self.model: CoCosNet = load_model(weights, device)
+        self.model: Model = load_model(weights, device)
         self.checkpoint, self.raw, self.size, self.keep_parts = find_checkpoint(weights), raw, size, keep_parts
         self.device = next(self.model.parameters()).device
 
@@ -104,7 +105,15 @@ class Translator:
         return dataclasses.replace(record, output=str(output), status="ok", error=None, seconds=seconds, extra=extra)
 
     def visualize(self, record: Record, output: Path) -> Record:
-        """Draw every level's warp, flow, score and match lines of one record to `output`. Raises as `translate`."""
+        """Draw every level's warp, flow, score and match lines of one record to `output`.
+
+        Raises as `translate`, and ConfigError where the model matches nothing.
+        """
+        if self.model.config.model.matched_levels == 0:
+            raise ConfigError(
+                f"{self.checkpoint}: model.kind={self.model.config.model.kind} matches nothing, so there is "
+                "no warp to draw; use translate, or the weights of a model that matches"
+            )
         from cocosnet.viz.panels import warp_panel
 
         start = time.perf_counter()
@@ -172,7 +181,9 @@ class Translator:
     def _save_parts(self, pair: Pair, result: Output, output: Path) -> dict[str, str]:
         from cocosnet.viz.panels import condition_image
 
-        parts = {"condition_image": condition_image(pair.condition[0]), "warp": to_image(result.warps[-1][0])}
+        parts = {"condition_image": condition_image(pair.condition[0])}
+        if result.warps:
+            parts["warp"] = to_image(result.warps[-1][0])
         for name, image in parts.items():
             save_image(image, _part(output, name))
         return {name: str(_part(output, name)) for name in parts}

@@ -13,7 +13,7 @@ from cocosnet.model.hierarchy import Hierarchy, Level
 from cocosnet.model.layers import pad_to_multiple
 from cocosnet.model.matches import Matches
 from cocosnet.model.translator import Translator, join_warps
-from cocosnet.model.warp import clamp_positions
+from cocosnet.model.warp import clamp_positions, downsample
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Output:
     """What a forward pass gives. Lists run from the coarse level to the full resolution."""
 
     image: Tensor  # x_B: B,3,H,W in [-1, 1]
-    warps: list[Tensor]  # w_l: B,3,h,w in [-1, 1]
+    warps: list[Tensor]  # w_l: B,3,h,w in [-1, 1]; empty lists for a model that does not match (SPADE)
     matches: list[Matches]  # H_l and S_l
     iteration_warps: list[list[Tensor]]  # w_l after every iteration while training; the last one alone otherwise
     features_x: list[Tensor]  # f_l^x: B,C_l,h,w, unit length
@@ -30,6 +30,9 @@ class Output:
 
 class CoCosNet(nn.Module):
     """CoCosNet v2 (Zhou et al., CVPR 2021) of a config's shape.
+
+    With `model.kind: cocosnet` the coarsest level alone is matched, each position with all others: that is the warp of
+    its predecessor, CoCosNet (Zhang et al., CVPR 2020), with everything else alike.
 
         out = model(condition, exemplar)
 
@@ -45,23 +48,24 @@ class CoCosNet(nn.Module):
         super().__init__()
         self.config = config
         shape, channels = config.model, config.data.condition_channels
-        self.condition_encoder = Encoder(channels, shape.encoder)
-        self.image_encoder = Encoder(3 + channels * shape.encoder.exemplar_condition, shape.encoder)
-        self.hierarchy = Hierarchy(shape.encoder.out_widths, shape.matching)
-        self.translator = Translator(
-            3 * shape.encoder.levels + channels * shape.translator.use_condition, shape.translator
-        )
+        self.levels = shape.matched_levels
+        # Side, in px of the picture, of one pixel of the last level that is matched: 1 but for CoCosNet.
+        self.finest = 2 ** (shape.encoder.levels - self.levels)
+        self.condition_encoder = Encoder(channels, shape.encoder, self.levels)
+        self.image_encoder = Encoder(3 + channels * shape.encoder.exemplar_condition, shape.encoder, self.levels)
+        self.hierarchy = Hierarchy(shape.encoder.out_widths[: self.levels], shape.matching)
+        self.translator = Translator(3 * self.levels + channels * shape.translator.use_condition, shape.translator)
         self.multiple = 2 ** max(len(shape.encoder.widths) - 1, len(shape.translator.widths) - 1)
 
     def forward(self, condition: Tensor, exemplar: Tensor, exemplar_condition: Tensor | None = None) -> Output:
         """The paper's Figure 2. See the class for shapes."""
-        size = self._check(condition, exemplar, exemplar_condition)
+        size = check_inputs(self.config.data.condition_channels, condition, exemplar, exemplar_condition)
         x_a, y_b = pad_to_multiple(condition, self.multiple), pad_to_multiple(exemplar, self.multiple)
         features_x = self.encode_condition(x_a)  # Eq. 1
         features_y = self.encode_image(y_b, exemplar_condition)  # Eq. 2
-        levels = self.hierarchy(features_x, features_y, y_b)  # Eq. 3-8
+        levels = self.hierarchy(features_x, features_y, downsample(y_b, self.finest))  # Eq. 3-8
         image = self.translate([level.warps[-1] for level in levels], x_a)  # Eq. 9-10
-        return _crop(image, levels, features_x, features_y, size, exemplar.shape[-2:])
+        return _crop(image, levels, features_x, features_y, size, exemplar.shape[-2:], self.finest)
 
     def encode_condition(self, condition: Tensor) -> list[Tensor]:
         """M_A, Eq. 1: L maps of unit vectors, coarse to fine."""
@@ -79,23 +83,30 @@ class CoCosNet(nn.Module):
 
     def translate(self, warps: list[Tensor], condition: Tensor) -> Tensor:
         """G, Eq. 10: warps coarse to fine (padded sizes) and the padded condition to B,3,H,W in [-1, 1]."""
-        guide = join_warps(warps)
+        guide = join_warps(warps, condition.shape[-2:])
         if self.config.model.translator.use_condition:
             guide = torch.cat([guide, condition], dim=1)
         return self.translator(guide)
 
-    def _check(self, condition: Tensor, exemplar: Tensor, exemplar_condition: Tensor | None) -> torch.Size:
-        channels = self.config.data.condition_channels
-        for name, tensor, wanted in (
-            ("condition", condition, channels),
-            ("exemplar", exemplar, 3),
-            ("exemplar_condition", exemplar_condition, channels),
-        ):
-            if tensor is not None and (tensor.dim() != 4 or tensor.shape[1] != wanted):
-                raise ValueError(f"{name}: expected B,{wanted},H,W, got {','.join(map(str, tensor.shape))}")
-        if condition.shape[0] != exemplar.shape[0]:
-            raise ValueError(f"{condition.shape[0]} conditions but {exemplar.shape[0]} exemplars")
-        return condition.shape[-2:]
+
+def check_inputs(
+    channels: int, condition: Tensor, exemplar: Tensor, exemplar_condition: Tensor | None = None
+) -> torch.Size:
+    """Refuse what a model whose conditions have `channels` channels cannot take. Returns the condition's H,W.
+
+    Raises:
+        ValueError: an input has the wrong number of dimensions, channels or pictures.
+    """
+    for name, tensor, wanted in (
+        ("condition", condition, channels),
+        ("exemplar", exemplar, 3),
+        ("exemplar_condition", exemplar_condition, channels),
+    ):
+        if tensor is not None and (tensor.dim() != 4 or tensor.shape[1] != wanted):
+            raise ValueError(f"{name}: expected B,{wanted},H,W, got {','.join(map(str, tensor.shape))}")
+    if condition.shape[0] != exemplar.shape[0]:
+        raise ValueError(f"{condition.shape[0]} conditions but {exemplar.shape[0]} exemplars")
+    return condition.shape[-2:]
 
 
 def _crop(
@@ -105,14 +116,16 @@ def _crop(
     features_y: list[Tensor],
     size: torch.Size,
     exemplar_size: torch.Size,
+    finest: int,
 ) -> Output:
     """Cut off what padding added: at each level, what lies beyond the original picture's share, rounded up.
 
-    A match in the exemplar's padding, which repeats its border, is moved onto that border.
+    `finest`: px of the picture, along a side, in one pixel of the last level. A match in the exemplar's padding, which
+    repeats its border, is moved onto that border.
     """
 
     def share(side: int, level: int) -> int:
-        return -(-side // 2 ** (len(levels) - 1 - level))
+        return -(-side // (finest * 2 ** (len(levels) - 1 - level)))
 
     def cut(tensor: Tensor, level: int, whole: torch.Size = size) -> Tensor:
         return tensor[..., : share(whole[0], level), : share(whole[1], level)]

@@ -17,11 +17,13 @@ class Encoder(nn.Module):
     """M_A or M_B. Input B,in_channels,H,W with sides that are multiples of 2^(len(widths)-1).
 
     Output: L features, coarse to fine, B,C_l,H/2^(L-l),W/2^(L-l), unit length over the channels at each position.
+    Where `matched` is less than L, only that many are computed, the coarsest ones.
     """
 
-    def __init__(self, in_channels: int, config: EncoderConfig):
+    def __init__(self, in_channels: int, config: EncoderConfig, matched: int | None = None):
         super().__init__()
-        self.levels = config.levels
+        self.levels = config.levels if matched is None else matched
+        self.finest = config.levels - self.levels  # scale at which the up path ends; 0 is full resolution
         channels = (config.stem_width, *config.widths)
         self.stem = conv(in_channels, config.stem_width, spectral=True)
         self.down = nn.ModuleList(
@@ -29,16 +31,17 @@ class Encoder(nn.Module):
         )
         # The block of a scale ends with the width that the next finer scale's skip connection has.
         self.up = nn.ModuleList(
-            SpadeBlock(b, a, in_channels, config.spade_hidden) for a, b in zip(channels, channels[1:])
+            SpadeBlock(b, a, in_channels, config.spade_hidden)
+            for a, b in list(zip(channels, channels[1:]))[self.finest :]
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Eq. 1-2. See the class for shapes."""
         skips = self._downward(x)
         y, features = None, []
-        for scale in reversed(range(len(skips))):
+        for scale in reversed(range(self.finest, len(skips))):
             y = skips[scale] if y is None else skips[scale] + _double(y, skips[scale])
-            y = self.up[scale](y, x)
+            y = self.up[scale - self.finest](y, x)
             features.append(y)
         return [F.normalize(f.float(), dim=1) for f in features[-self.levels :]]
 

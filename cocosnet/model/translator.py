@@ -31,10 +31,11 @@ class Translator(nn.Module):
         # Spectral normalisation bounds the last layer; a learned contrast lets it still reach black and white.
         self.contrast = nn.Parameter(torch.ones(()))
 
-    def forward(self, guide: Tensor) -> Tensor:
-        """Eq. 10. See the class for shapes."""
+    def forward(self, guide: Tensor, style: Tensor | None = None) -> Tensor:
+        """Eq. 10. See the class for shapes. `style` B,widths[0],s,s is added to the code (the SPADE baseline's)."""
         height, width = (side >> (self.scales - 1) for side in guide.shape[-2:])
-        x = F.interpolate(self.code, size=(height, width), mode="bilinear", align_corners=False)
+        code = self.code if style is None else self.code + style
+        x = F.interpolate(code, size=(height, width), mode="bilinear", align_corners=False)
         x = x.expand(guide.shape[0], -1, -1, -1)
         for scale, blocks in enumerate(self.blocks):
             x = F.interpolate(x, scale_factor=2.0, mode="nearest") if scale else x
@@ -43,9 +44,8 @@ class Translator(nn.Module):
         return torch.tanh(self.contrast * self.to_rgb(F.leaky_relu(x, LEAK)).float())
 
 
-def join_warps(warps: list[Tensor]) -> Tensor:
-    """[w_1 up, ..., w_L up]: the warps of all levels at the finest one's size, side by side. Returns B,3L,H,W."""
-    size = warps[-1].shape[-2:]
+def join_warps(warps: list[Tensor], size: torch.Size) -> Tensor:
+    """[w_1 up, ..., w_L up]: the warps of all levels at full size H,W, side by side. Returns B,3L,H,W."""
     return torch.cat([F.interpolate(warp, size=size, mode="bilinear", align_corners=False) for warp in warps], dim=1)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from cocosnet.checkpoint import find_checkpoint, load_tensors
 from cocosnet.config import Config
 from cocosnet.losses.perceptual import Vgg, load_perceptual
-from cocosnet.model.cocosnet import CoCosNet
+from cocosnet.model.build import Model, build_model
 from cocosnet.model.discriminator import Discriminator
 from cocosnet.model.mapping import Mapping
 from cocosnet.train.distributed import ALONE, Ranks
@@ -19,14 +19,15 @@ from cocosnet.train.distributed import ALONE, Ranks
 
 @dataclass
 class Networks:
-    """M, N and G in `model`; R, D and phi (None where the config names no perceptual network).
+    """M, N and G in `model`; R (None for the systems that have no mapping loss); D; and phi (None where the config
+    names no perceptual network).
 
     precision: the type that convolutions compute in; losses and matching are float32 whatever it is.
     ranks: the processes that hold copies of these networks and step together.
     """
 
-    model: CoCosNet
-    mapping: Mapping
+    model: Model
+    mapping: Mapping | None
     discriminator: Discriminator
     perceptual: Vgg | None
     precision: torch.dtype
@@ -34,7 +35,7 @@ class Networks:
 
     def generator_parameters(self) -> list[nn.Parameter]:
         """What the generator's optimiser moves: encoders, matcher, translator and R."""
-        return [*self.model.parameters(), *self.mapping.parameters()]
+        return [*self.model.parameters(), *(self.mapping.parameters() if self.mapping is not None else ())]
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context that networks run in."""
@@ -56,19 +57,20 @@ def build_networks(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         model = initial_model(config, init)
-        mapping = Mapping(config.model.encoder.out_widths)
+        mapping = Mapping(config.model.encoder.out_widths) if config.model.kind == "cocosnet-v2" else None
         discriminator = Discriminator(config.data.condition_channels, config.model.discriminator)
-    model, mapping, discriminator = (_placed(network, device) for network in (model, mapping, discriminator))
+    model, discriminator = _placed(model, device), _placed(discriminator, device)
+    mapping = mapping if mapping is None else _placed(mapping, device)
     return Networks(model, mapping, discriminator, perceptual, precision, ranks)
 
 
-def initial_model(config: Config, init: str = "") -> CoCosNet:
+def initial_model(config: Config, init: str = "") -> Model:
     """A fresh model, or one with the weights of the checkpoint `init` (a file or a shipped name) of the same shapes.
 
     Raises:
         MissingWeights, CheckpointError: there is no such checkpoint, or it does not fit this config.
     """
-    model = CoCosNet(config)
+    model = build_model(config)
     if init:
         load_tensors(model, find_checkpoint(init))
     return model

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cocosnet.data.images import to_tensor
-from cocosnet.model.cocosnet import CoCosNet
+from cocosnet.model.build import Model
 from cocosnet.train.batches import Batch
 from cocosnet.viz.panels import condition_image
 
@@ -15,7 +15,7 @@ GAP = 2  # px of white between two pictures
 
 
 @torch.no_grad()
-def sample_grid(model: CoCosNet, batch: Batch) -> Tensor:
+def sample_grid(model: Model, batch: Batch) -> Tensor:
     """Rows of condition, exemplar, the warps of every level (coarse to fine, enlarged), output, target.
 
     `model` in evaluation mode. Returns 3,H,W in [-1, 1] on the CPU.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cocosnet.config import LossConfig
@@ -34,14 +35,16 @@ class StepResult:
 def generator_step(
     networks: Networks, optimizer: torch.optim.Optimizer, batch: Batch, config: LossConfig, *, adversarial_on: bool
 ) -> StepResult:
-    """Move M, N, G and R down Eq. 19. `parts` holds the losses, their `total`, and `warp_psnr`."""
+    """Move M, N, G and R down Eq. 19. `parts`: the losses, their `total`, and `warp_psnr` where there is a warp."""
     networks.discriminator.requires_grad_(False)
     with networks.autocast():
         parts, output = generator_losses(networks, batch, config, adversarial_on=adversarial_on)
     total = total_loss(parts, loss_weights(config))
     applied = apply_step(total, networks.generator_parameters(), optimizer, networks.ranks)
     networks.discriminator.requires_grad_(True)
-    measures = {"total": total, **parts, "warp_psnr": warp_psnr(output.warps[-1], batch)}
+    measures = {"total": total, **parts}
+    if output.warps:
+        measures["warp_psnr"] = warp_psnr(output.warps[-1], batch)
     return StepResult(output.image.detach(), {name: value.detach() for name, value in measures.items()}, applied)
 
 
@@ -58,16 +61,19 @@ def discriminator_step(networks: Networks, optimizer: torch.optim.Optimizer, bat
 def generator_losses(
     networks: Networks, batch: Batch, config: LossConfig, *, adversarial_on: bool
 ) -> tuple[dict[str, Tensor], Output]:
-    """The generator's losses of Eq. 19, unweighted scalars by name, and the forward pass that they come from."""
+    """The generator's losses of Eq. 19, unweighted scalars by name, and the forward pass that they come from.
+
+    A model that matches nothing has neither Eq. 11 nor Eq. 12; R's Eq. 13-14 belong to CoCosNet v2 alone.
+    """
     model = networks.model
     out = model(batch.condition, batch.exemplar, batch.exemplar_condition)
-    parts = {
-        "align": align_loss(out.features_x, model.encode_image(batch.image, batch.condition)),
-        "corr": correspondence_loss(out.iteration_warps, batch.image, batch.pseudo, config.iteration_decay),
-        "map": mapping_loss(
-            networks.mapping(out.features_x), batch.image, networks.mapping(out.features_y), batch.exemplar
-        ),
-    }
+    parts = {}
+    if out.warps:
+        parts["align"] = align_loss(out.features_x, model.encode_image(batch.image, batch.condition))
+        parts["corr"] = correspondence_loss(out.iteration_warps, batch.image, batch.pseudo, config.iteration_decay)
+    if networks.mapping is not None:
+        mapped = networks.mapping(out.features_x), networks.mapping(out.features_y)
+        parts["map"] = mapping_loss(mapped[0], batch.image, mapped[1], batch.exemplar)
     if networks.perceptual is not None:
         parts |= perceptual_losses(networks.perceptual, out.image, batch)
     if adversarial_on:
@@ -116,7 +122,13 @@ def apply_step(loss: Tensor, parameters: list[nn.Parameter], optimizer: torch.op
 
 
 def warp_psnr(warp: Tensor, batch: Batch) -> Tensor:
-    """PSNR in dB (range 2) of the finest warp against x_B over the samples with a pseudo exemplar; NaN without any."""
-    error = (warp.detach().float().clamp(-1, 1) - batch.image).square().mean((1, 2, 3))
+    """PSNR in dB (range 2) of the finest warp against x_B over the samples with a pseudo exemplar; NaN without any.
+
+    A warp that is smaller than x_B (CoCosNet's) is enlarged bilinearly first, as the translator sees it.
+    """
+    warp = warp.detach().float().clamp(-1, 1)
+    if warp.shape[-2:] != batch.image.shape[-2:]:
+        warp = F.interpolate(warp, size=batch.image.shape[-2:], mode="bilinear", align_corners=False)
+    error = (warp - batch.image).square().mean((1, 2, 3))
     mean = (batch.pseudo * error).sum() / batch.pseudo.sum()
     return 10 * torch.log10(4 / mean)

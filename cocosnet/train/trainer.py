@@ -236,7 +236,7 @@ class Trainer:
     def _parts(self) -> dict[str, Any]:
         """All that has a state, by its name in the file."""
         networks = self.networks
-        return {
+        parts = {
             "model": networks.model,
             "mapping": networks.mapping,
             "discriminator": networks.discriminator,
@@ -244,6 +244,7 @@ class Trainer:
             "optimizer_g": self.optimizer_g,
             "optimizer_d": self.optimizer_d,
         }
+        return {name: part for name, part in parts.items() if part is not None}
 
     def _state(self) -> dict[str, Any]:
         return {"skipped": self.skipped, **{name: part.state_dict() for name, part in self._parts().items()}}
