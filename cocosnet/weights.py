@@ -76,8 +76,28 @@ REGISTRY = {
             sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
             licence="Apache-2.0 (pytorch-fid)",
             size=95_628_359,
-            used_by="eval with the metric fid",
+            used_by="eval with the metrics fid and kid",
             source="pytorch-fid",
+        ),
+        WeightFile(
+            name="alexnet",
+            filename="alexnet-owt-7be5be79.pth",
+            url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+            sha256="7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
+            licence="BSD-3-Clause (torchvision)",
+            size=244_408_911,
+            used_by="eval with the metrics lpips and diversity",
+            source="torchvision, ImageNet",
+        ),
+        WeightFile(
+            name="vgg16",
+            filename="vgg16-397923af.pth",
+            url="https://download.pytorch.org/models/vgg16-397923af.pth",
+            sha256="397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+            licence="BSD-3-Clause (torchvision)",
+            size=553_433_881,
+            used_by="eval with the metric lpips:vgg",
+            source="torchvision, ImageNet",
         ),
     )
 }
@@ -121,6 +141,16 @@ def find_weights(name: str) -> Path:
     if path.name == weight.filename:
         _verify(path, weight.sha256)
     return path
+
+
+def fingerprint(name: str) -> dict[str, str]:
+    """{"file": name on this machine, "sha256": its content's}: what a result says of the weights it depends on.
+
+    Raises:
+        MissingWeights, CheckpointError: as `find_weights`.
+    """
+    path = find_weights(name)
+    return {"file": path.name, "sha256": _sha256(path, path.stat().st_size, path.stat().st_mtime_ns)}
 
 
 def packed_file(filename: str) -> Path:

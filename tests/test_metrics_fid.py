@@ -14,7 +14,7 @@ from PIL import Image
 from cocosnet import weights
 from cocosnet.errors import CheckpointError, MissingWeights
 from cocosnet.metrics import get_metric
-from cocosnet.metrics.fid import BATCH, FEATURES, FeatureStream, GaussianFit, frechet_distance
+from cocosnet.metrics.fid import FEATURES, GaussianFit, frechet_distance
 
 torch.set_num_threads(1)
 
@@ -89,16 +89,6 @@ def test_streaming_equals_all_at_once_in_any_order():
         assert len(gaussian._rows) == 0 and factor.shape == (16, 16)
 
 
-def test_feature_stream_loses_nothing_between_batches():
-    stream = FeatureStream(lambda inputs: inputs.flatten(1).repeat(1, FEATURES // 4))
-    inputs = torch.from_numpy(np.random.default_rng(5).normal(size=(2 * BATCH + 3, 1, 2, 2)))
-    for piece in inputs.split(5):
-        stream.add(piece)
-    gaussian = stream.statistics()
-    assert gaussian.count == len(inputs)
-    torch.testing.assert_close(gaussian.mean()[:4], inputs.flatten(1).mean(dim=0))
-
-
 @pytest.fixture(scope="module")
 def random_inception(tmp_path_factory):
     """A TORCH_HOME that holds random weights under pytorch-fid's file name; their scale keeps the features alive."""
@@ -146,7 +136,7 @@ def test_network_and_statistics_equal_pytorch_fid(inception_home, tmp_path):
     for name in files:
         picture = torch.from_numpy(np.array(Image.open(name))).permute(2, 0, 1)[None]
         metric.update(picture, picture)
-    gaussian = metric._sides[0].statistics()
+    gaussian = metric.sides["output"]
     scale = np.abs(mean).mean()
     assert scale > 1e-3
     np.testing.assert_allclose(gaussian.mean(), mean, rtol=1e-4, atol=1e-4 * scale)

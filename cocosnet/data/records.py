@@ -22,6 +22,7 @@ from cocosnet.files import atomic_path
 SCHEMA = "cocosctl.pair/1"
 MANIFEST_NAME = "manifest.jsonl"
 PATH_FIELDS = ("condition", "exemplar", "exemplar_condition", "target", "output")
+EXTRA_PATHS = ("condition_image", "warp", "labels", "exemplar_labels")  # keys of `extra` that name files
 STATUSES = ("ok", "skipped", "error")
 
 
@@ -57,7 +58,8 @@ class Record:
     def rebased(self, change: Any) -> Record:
         """A copy with `change` applied to every path that is present."""
         paths = {name: change(getattr(self, name)) for name in PATH_FIELDS if getattr(self, name) is not None}
-        return dataclasses.replace(self, **paths)
+        extra = {name: change(self.extra[name]) for name in EXTRA_PATHS if isinstance(self.extra.get(name), str)}
+        return dataclasses.replace(self, **paths, extra={**self.extra, **extra})
 
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(Record) if f.name != "extra")

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["Metric", "evaluate", "get_metric", "metric_names", "records_from_folders"]
+__all__ = ["Evaluation", "Metric", "evaluate", "get_metric", "metric_names", "records_from", "records_from_folders"]
 
 _HOMES = {
+    "Evaluation": "cocosnet.metrics.evaluation",
     "Metric": "cocosnet.metrics.base",
     "evaluate": "cocosnet.metrics.evaluation",
+    "records_from": "cocosnet.metrics.evaluation",
     "records_from_folders": "cocosnet.metrics.evaluation",
     "get_metric": "cocosnet.metrics.registry",
     "metric_names": "cocosnet.metrics.registry",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import platform
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,79 +16,345 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cocosnet.data.images import find_images, load_rgb, shown
-from cocosnet.data.records import Record
+from cocosnet.data.images import find_images, load_labels, load_rgb, shown
+from cocosnet.data.records import PATH_FIELDS, Record
 from cocosnet.errors import ConfigError, DataError
 from cocosnet.metrics.base import Metric
 from cocosnet.metrics.registry import get_metric
+from cocosnet.metrics.shards import ALONE, Shards
+from cocosnet.weights import fingerprint
 
 SCHEMA = "cocosctl.eval/1"
 ERRORS_SHOWN = 5  # messages kept of the records that failed
-PACKAGES = ("cocosctl", "torch", "torchvision", "numpy", "pillow", "pytorch-fid")  # whose versions can move a number
+PACKAGES = (
+    "cocosctl",
+    "torch",
+    "torchvision",
+    "numpy",
+    "pillow",
+    "pytorch-fid",
+    "lpips",
+)  # whose versions can move a number
+BATCH_PIXELS = 8 * 256 * 256  # of one role's pictures that pass the networks at once on a CPU; 8 times as many on a GPU
+LABELS = {
+    "labels": "condition",
+    "exemplar_labels": "exemplar_condition",
+}  # role -> the field that serves where it is not
 
 
 def evaluate(
     records: Iterable[Record], metrics: Sequence[str], device: str = "cpu", *, seed: int = 0
 ) -> dict[str, Any]:
-    """Run the metrics over a stream of records, in one pass, and say what was counted.
+    """Run the metrics over a stream of records in this process: what `Evaluation.run` returns."""
+    return Evaluation(metrics, device, seed=seed).run(records)
+
+
+class Evaluation:
+    """One pass of metrics over a stream of records.
 
     A record that arrives as an error, or whose pictures are missing, unreadable or do not fit each other, is counted in
     "failed" and left out of every metric, so that all values are over the same pairs.
 
-    Returns:
-        {"schema": "cocosctl.eval/1", "metrics": {name: {"value", "protocol", "count", ...}}, "count": pairs measured,
-        "failed": records left out, "errors": the first few reasons, "versions": {package: version}}
+    Args:
+        metrics: names, as `get_metric` knows them.
+        device: where the arithmetic is done.
+        seed: of what metrics sample.
+        sides: "output" or "target" -> a file of statistics to take instead of pictures, or None for a side that is not
+            there (its metrics have no value, but their statistics can be saved).
+        shards: the processes that share the work; each measures its part, and the first one gets the whole result.
+
+    Attributes:
+        metrics: the running metrics by name.
+        rows: after `run`, the records in their order with their scores in extra["scores"]; of the first process only.
 
     Raises:
-        ConfigError: no metric is named, or a name is unknown.
+        ConfigError: no metric is named, a name is unknown, or a metric cannot do with statistics or several processes.
+        DataError: a file of statistics cannot be used.
         MissingWeights, MissingDependency: a metric cannot run here; found out before the first record is taken.
     """
-    if not metrics:
-        raise ConfigError("no metric is named; name at least one, e.g. swd,psnr")
-    running = {name: get_metric(name, device=device, seed=seed) for name in metrics}
-    count, errors, failed = 0, [], 0
-    for record in records:
+
+    def __init__(
+        self,
+        metrics: Sequence[str],
+        device: str = "cpu",
+        *,
+        seed: int = 0,
+        sides: Mapping[str, Path | None] | None = None,
+        shards: Shards = ALONE,
+    ) -> None:
+        if not metrics:
+            raise ConfigError("no metric is named; name at least one, e.g. swd,psnr")
+        self.metrics = {name: get_metric(name, device=device, seed=seed) for name in metrics}
+        self.rows: list[Record] = []
+        self._device, self._shards = torch.device(device), shards
+        self._gathered = _Gathered({name: 0.0 for name in self.metrics})
+        for side, path in (sides or {}).items():
+            self._take_side(side, path)
+        if shards.size > 1:
+            for metric in self.metrics.values():
+                metric.state()
+
+    def run(self, records: Iterable[Record]) -> dict[str, Any] | None:
+        """Measure all records.
+
+        Returns:
+            {"schema": "cocosctl.eval/1", "metrics": {name: {"value", "protocol", "count", .., "seconds"}},
+            "count": pairs measured, "failed": records left out, "errors": the first few reasons, "warnings",
+            "weights": {name: {"file", "sha256"}}, "versions": {package: version}, "device", "processes",
+            "reading_seconds", "seconds"}; None in all processes but the first.
+        """
+        start = time.perf_counter()
+        for batch in self._batches(self._shards.share(records)):
+            self._measure(batch)
+        parts = self._shards.gather((self._gathered, {name: (m.state(), m.count) for name, m in self._shared()}))
+        if parts is None:
+            return None
+        for gathered, states in parts[1:]:
+            self._absorb(gathered, states)
+        self.rows = [record for _, record in sorted(self._gathered.rows, key=lambda row: row[0])]
+        return self._result(start)
+
+    def _take_side(self, side: str, path: Path | None) -> None:
+        for metric in self.metrics.values():
+            if not metric.from_statistics:
+                raise ConfigError(
+                    f"{metric.name} needs the pictures of every {side}; statistics serve fid and fd_vgg16"
+                )
+            metric.use_statistics(side, path)
+
+    def _shared(self) -> list[tuple[str, Metric]]:
+        """Metrics whose states travel: all, where there is more than one process."""
+        return list(self.metrics.items()) if self._shards.size > 1 else []
+
+    def _absorb(self, other: _Gathered, states: dict[str, tuple[Any, int]]) -> None:
+        self._gathered.absorb(other)
+        for name, (state, count) in states.items():
+            self.metrics[name].absorb(state)
+            self.metrics[name].count += count
+
+    def _batches(self, records: Iterable[tuple[int, Record]]) -> Iterator[list[_Pair]]:
+        """Readable pairs, neighbours of the same sizes together, as many as BATCH_PIXELS allows."""
+        batch: list[_Pair] = []
+        for index, record in records:
+            try:
+                pair = self._read(index, record)
+            except DataError as error:
+                self._gathered.fail(index, record, str(error))
+                continue
+            if batch and (pair.sizes != batch[0].sizes or (len(batch) + 1) * pair.pixels > self._batch_pixels()):
+                yield batch
+                batch = []
+            batch.append(pair)
+        if batch:
+            yield batch
+
+    def _batch_pixels(self) -> int:
+        return BATCH_PIXELS * (8 if self._device.type == "cuda" else 1)
+
+    def _read(self, index: int, record: Record) -> _Pair:
+        """One pair that all metrics can take. Raises DataError."""
+        if record.failed:
+            raise DataError(f"{shown(record.id)}: {record.error or 'failed in an earlier step'}")
+        roles = dict.fromkeys(role for metric in self.metrics.values() for role in metric.needs)
+        start = time.perf_counter()
         try:
-            _update(list(running.values()), record)
-            count += 1
+            pictures = {role: load_role(record, role) for role in roles}
+            for metric in self.metrics.values():
+                metric.check(*(pictures[role] for role in metric.needs))
         except DataError as error:
-            failed += 1
-            errors = [*errors, str(error)][:ERRORS_SHOWN]
-    return {
-        "schema": SCHEMA,
-        "metrics": {name: metric.compute() for name, metric in running.items()},
-        "count": count,
-        "failed": failed,
-        "errors": errors,
-        "versions": package_versions(),
-    }
+            raise DataError(f"{shown(record.id)}: {error}") from error
+        self._gathered.reading += time.perf_counter() - start
+        return _Pair(index, record, pictures)
+
+    def _measure(self, batch: list[_Pair]) -> None:
+        """Give pairs of the same sizes to all metrics."""
+        pictures = {role: torch.cat([pair.pictures[role] for pair in batch]) for role in batch[0].pictures}
+        pictures = {role: picture.to(self._device) for role, picture in pictures.items()}
+        scores: list[dict[str, float | None]] = [{} for _ in batch]
+        for name, metric in self.metrics.items():
+            start = time.perf_counter()
+            found = metric.update(*(pictures[role] for role in metric.needs))
+            if self._device.type == "cuda":
+                torch.cuda.synchronize()
+            self._gathered.seconds[name] += time.perf_counter() - start
+            for score, value in zip(scores, found or [], strict=False):
+                score[name] = value
+        for pair, score in zip(batch, scores, strict=True):
+            self._gathered.add(pair, score)
+
+    def _result(self, start: float) -> dict[str, Any]:
+        gathered = self._gathered
+        return {
+            "schema": SCHEMA,
+            "metrics": {name: self._entry(name) for name in self.metrics},
+            "count": gathered.count,
+            "failed": gathered.failed,
+            "errors": [text for _, text in sorted(gathered.errors)][:ERRORS_SHOWN],
+            "warnings": gathered.warnings(),
+            "weights": {w: fingerprint(w) for w in dict.fromkeys(w for m in self.metrics.values() for w in m.weights)},
+            "versions": package_versions(),
+            "device": str(self._device),
+            "processes": self._shards.size,
+            "reading_seconds": round(gathered.reading, 3),
+            "seconds": round(time.perf_counter() - start, 3),
+        }
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        start = time.perf_counter()
+        entry = self.metrics[name].compute()
+        return {**entry, "seconds": round(self._gathered.seconds[name] + time.perf_counter() - start, 3)}
 
 
-def _update(metrics: list[Metric], record: Record) -> None:
-    """Give one pair to all metrics, or to none (DataError)."""
-    if record.failed:
-        raise DataError(f"{shown(record.id)}: {record.error or 'failed in an earlier step'}")
-    roles = dict.fromkeys(role for metric in metrics for role in metric.needs)
-    try:
-        pictures = {role: load_role(record, role) for role in roles}
-        for metric in metrics:
-            metric.check(*(pictures[role] for role in metric.needs))
-    except DataError as error:
-        raise DataError(f"{shown(record.id)}: {error}") from error
-    for metric in metrics:
-        metric.update(*(pictures[role] for role in metric.needs))
+@dataclass
+class _Pair:
+    """A record with its pictures, 1,C,H,W each, and its number in the stream."""
+
+    index: int
+    record: Record
+    pictures: dict[str, Tensor]
+
+    @property
+    def sizes(self) -> list[torch.Size]:
+        return [picture.shape for picture in self.pictures.values()]
+
+    @property
+    def pixels(self) -> int:
+        return max(picture.shape[-2:].numel() for picture in self.pictures.values())
+
+
+@dataclass
+class _Gathered:
+    """What one process has seen, apart from the metrics' own states."""
+
+    seconds: dict[str, float]
+    reading: float = 0.0
+    count: int = 0
+    failed: int = 0
+    errors: list[tuple[int, str]] = field(default_factory=list)
+    rows: list[tuple[int, Record]] = field(default_factory=list)
+    formats: dict[str, set[str]] = field(default_factory=lambda: {"output": set(), "target": set()})
+
+    def add(self, pair: _Pair, scores: dict[str, float | None]) -> None:
+        """Count a measured pair."""
+        self.count += 1
+        for role, known in self.formats.items():
+            if role in pair.pictures:
+                known.add(_format(getattr(pair.record, role)))
+        finite = {name: value if value is None or math.isfinite(value) else None for name, value in scores.items()}
+        self.rows.append((pair.index, replace(pair.record, extra={**pair.record.extra, "scores": finite})))
+
+    def fail(self, index: int, record: Record, message: str) -> None:
+        """Count a record that could not be measured."""
+        self.failed += 1
+        self.errors = [*self.errors, (index, message)][:ERRORS_SHOWN]
+        self.rows.append((index, record if record.failed else record.failure(message)))
+
+    def absorb(self, other: _Gathered) -> None:
+        """Add another process's."""
+        self.seconds = {name: seconds + other.seconds[name] for name, seconds in self.seconds.items()}
+        self.reading, self.count, self.failed = (
+            self.reading + other.reading,
+            self.count + other.count,
+            self.failed + other.failed,
+        )
+        self.errors, self.rows = self.errors + other.errors, self.rows + other.rows
+        for role, known in self.formats.items():
+            known |= other.formats[role]
+
+    def warnings(self) -> list[str]:
+        """What makes the numbers doubtful."""
+        outputs, targets = (sorted(self.formats[role]) for role in ("output", "target"))
+        if not outputs or not targets or outputs == targets:
+            return []
+        return [
+            f"outputs are {' and '.join(outputs)}, targets are {' and '.join(targets)}: the traces of a lossy format "
+            "count in every metric; compare only with numbers that were made of the same formats"
+        ]
+
+
+def _format(path: str) -> str:
+    suffix = Path(path).suffix.lower().lstrip(".")
+    return {"jpg": "JPEG", "jpeg": "JPEG", "tif": "TIFF", "tiff": "TIFF"}.get(suffix, suffix.upper())
 
 
 def load_role(record: Record, role: str) -> Tensor:
-    """The picture of one role ("output", "target", "exemplar") as 1,3,H,W uint8 RGB.
+    """What a metric asks for by role (`Metric.update`), with a batch of 1.
+
+    "labels" are those that the record names, else its condition; "exemplar_labels" likewise, else exemplar_condition.
 
     Raises:
         DataError: the record has no such file, or it cannot be read.
     """
-    path = getattr(record, role)
-    if path is None:
+    if role == "condition_id":
+        digest = hashlib.blake2b(_path(record, "condition").encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        return torch.tensor([int.from_bytes(digest, "big", signed=True)])
+    if role in LABELS:
+        return torch.from_numpy(load_labels(_path(record, role, LABELS[role])))[None, None]
+    return torch.from_numpy(np.array(load_rgb(_path(record, role)))).permute(2, 0, 1)[None]
+
+
+def _path(record: Record, role: str, otherwise: str | None = None) -> str:
+    path = getattr(record, role, None) or record.extra.get(role) or (getattr(record, otherwise) if otherwise else None)
+    if not isinstance(path, str):
         raise DataError(f"the record has no {role}; add one or leave out the metrics that need it")
-    return torch.from_numpy(np.array(load_rgb(path))).permute(2, 0, 1)[None]
+    return path
+
+
+def records_from_lists(lists: Mapping[str, str | Path]) -> list[Record]:
+    """Records that pair the pictures of text files, one path a line, line by line.
+
+    Args:
+        lists: role ("output", "target", ..) -> file. Paths are relative to the file's folder; blank lines are
+            passed over.
+
+    Raises:
+        DataError: a list cannot be read, is empty, or the lists differ in length.
+    """
+    named = {role: _read_list(Path(path)) for role, path in lists.items()}
+    first, longest = next(iter(named)), max(named, key=lambda role: len(named[role]))
+    for role, paths in named.items():
+        if len(paths) < len(named[longest]):
+            raise DataError(
+                f"{shown(lists[role])} has {len(paths)} pictures, {shown(lists[longest])} has {len(named[longest])}: "
+                f"nothing is paired with {shown(named[longest][len(paths)])}; give lists of equal length"
+            )
+    return [_record(number, row, first) for number, row in enumerate(_rows(named), start=1)]
+
+
+def _rows(named: dict[str, list[str]]) -> Iterator[dict[str, str]]:
+    for paths in zip(*named.values(), strict=True):
+        yield dict(zip(named, paths, strict=True))
+
+
+def _record(number: int, row: dict[str, str], first: str) -> Record:
+    """A record called by its line and its first picture's name; roles that are no fields go into `extra`."""
+    fields = {role: path for role, path in row.items() if role in PATH_FIELDS}
+    extra = {role: path for role, path in row.items() if role not in PATH_FIELDS}
+    return Record(id=f"{number} {Path(row[first]).stem}", **fields, extra=extra)
+
+
+def _read_list(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{shown(path)}: cannot read this list ({error}); give a text file of one path a line"
+        ) from error
+    folder = path.parent.absolute()
+    paths = [str(folder / line.strip()) for line in lines if line.strip()]
+    if not paths:
+        raise DataError(f"{shown(path)}: the list is empty; write one path a line")
+    return paths
+
+
+def records_from(sources: Mapping[str, str | Path]) -> list[Record]:
+    """Records of folders or of lists, by role. Raises DataError as the two do, or where both kinds are mixed."""
+    listed = [role for role, path in sources.items() if Path(path).is_file()]
+    if listed and len(listed) < len(sources):
+        raise DataError(
+            f"{shown(sources[listed[0]])} is a file and others are folders; give folders or lists, not both"
+        )
+    return records_from_lists(sources) if listed else _records_of_folders(sources)
 
 
 def records_from_folders(outputs: str | Path, targets: str | Path, exemplars: str | Path | None = None) -> list[Record]:
@@ -96,15 +366,18 @@ def records_from_folders(outputs: str | Path, targets: str | Path, exemplars: st
     Raises:
         DataError: a folder is missing or empty, holds two pictures of one name, or the names of the folders differ.
     """
-    folders = {"output": Path(outputs), "target": Path(targets)}
-    if exemplars is not None:
-        folders["exemplar"] = Path(exemplars)
-    named = {role: _by_stem(folder) for role, folder in folders.items()}
+    folders = {"output": outputs, "target": targets}
+    return _records_of_folders(folders if exemplars is None else {**folders, "exemplar": exemplars})
+
+
+def _records_of_folders(sources: Mapping[str, str | Path]) -> list[Record]:
+    folders = {role: Path(path) for role, path in sources.items()}
+    named, first = {role: _by_stem(folder) for role, folder in folders.items()}, next(iter(folders))
     for role, files in named.items():
-        _compare_names(folders["output"], named["output"], folders[role], files)
+        _compare_names(folders[first], named[first], folders[role], files)
     return [
-        Record(id=stem, **{role: str(files[stem].absolute()) for role, files in named.items()})
-        for stem in sorted(named["output"])
+        replace(_record(0, {role: str(files[stem].absolute()) for role, files in named.items()}, first), id=stem)
+        for stem in sorted(named[first])
     ]
 
 

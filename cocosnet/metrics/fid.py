@@ -1,31 +1,98 @@
-"""Frechet Inception distance (Heusel et al. 2017) with pytorch-fid's Inception network and weights.
+"""Frechet distance (FID, Heusel et al. 2017) and kernel distance (KID, Binkowski et al. 2018) of two sets' features.
+
+FID and KID look through pytorch-fid's Inception network with its weights; `fd_vgg16` is the same Frechet distance
+through Caffe's VGG-16, for where those weights are not, and is never called FID.
 
 The distance is our own, in float64, and needs no matrix square root: with covariances written as A^T A and B^T B, the
 trace of (A^T A B^T B)^(1/2) is the sum of the singular values of A B^T. For fewer pictures than features, A is simply
 the centred features themselves.
 
-Shapes: N pictures, D features (2048).
+Shapes: N pictures, D features (2048; 512 for VGG-16).
 """
 
 from __future__ import annotations
 
+import functools
+from abc import abstractmethod
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cocosnet import weights
-from cocosnet.errors import CheckpointError, MissingDependency
+from cocosnet.data.images import shown
+from cocosnet.errors import CheckpointError, DataError, MissingDependency
+from cocosnet.files import atomic_path
 from cocosnet.metrics.base import Metric
+from cocosnet.metrics.features import Remembering, vgg_features
 
 FEATURES = 2048  # of the last average pooling
 INPUT_SIZE = 299  # px, side of the network's input
-BATCH = 16  # pictures a call of the network
 WEIGHTS = "fid-inception"  # the entry of cocosnet.weights
+VGG_LAYER, VGG_FEATURES = "relu5_3", 512
+KID_SUBSETS, KID_SIZE = 100, 1000  # as in torch-fidelity and the authors' code
+SIDES = ("output", "target")
 
 
-class FID(Metric):
+class Frechet(Metric):
+    """Frechet distance between the outputs and the targets as sets; at least 2 pictures a side.
+
+    A side can also be a file of statistics (`use_statistics`); its pictures are then not needed.
+    """
+
+    same_size = False
+    from_statistics = True
+    dimension: int
+
+    def __init__(self, device: str | torch.device = "cpu", seed: int = 0) -> None:
+        super().__init__(device, seed)
+        self.sides = {side: GaussianFit(self.dimension) for side in SIDES}
+
+    def use_statistics(self, side: str, path: str | Path | None) -> None:
+        """Take a side ("output" or "target") from a file; None: it stays empty. Raises as `load_statistics`."""
+        if path is not None:
+            self.sides[side] = load_statistics(path, self.dimension)
+        self.needs = tuple(role for role in self.needs if role != side)
+
+    @torch.inference_mode()
+    def _add(self, *pictures: Tensor) -> None:
+        for side, batch in zip(self.needs, pictures, strict=True):
+            self.sides[side].add(self._features(batch))
+
+    @abstractmethod
+    def _features(self, batch_B3HW: Tensor) -> Tensor:
+        """uint8 pictures to B,D."""
+
+    def state(self) -> dict[str, GaussianFit]:
+        """The fits of the sides that are made of pictures."""
+        return {side: self.sides[side] for side in self.needs}
+
+    def absorb(self, state: dict[str, GaussianFit]) -> None:
+        """Add another process's fits."""
+        for side, fit in state.items():
+            self.sides[side].merge(fit)
+
+    def _result(self) -> dict[str, Any]:
+        counts = [fit.count for fit in self.sides.values() if fit.count is not None]
+        if min(counts, default=2) < 2:
+            return {"value": None, "note": "needs at least 2 pictures"}
+        result = {"value": frechet_distance(*self.sides.values())}
+        if min(counts, default=self.dimension) >= self.dimension:
+            return result
+        note = f"only {min(counts)} pictures: biased upwards below {self.dimension}, compare equal counts only"
+        return {**result, "note": note}
+
+    def compute(self) -> dict[str, Any]:
+        """As `Metric.compute`; two files of statistics have a value without any picture."""
+        if self.needs:
+            return super().compute()
+        return {"value": frechet_distance(*self.sides.values()), "protocol": self.protocol, "count": 0}
+
+
+class FID(Frechet):
     """FID between the outputs and the targets as sets; at least 2 pictures, and read it with care below 2048.
 
     Both sets are taken as saved (8-bit), so that the file format counts: JPEG and PNG sets cannot be compared.
@@ -36,28 +103,117 @@ class FID(Metric):
         "fid: outputs against targets as sets, uint8 RGB / 255 resized to 299x299 (bilinear, no antialias), "
         "pytorch-fid Inception pool3, 2048 features, sample covariances, Frechet distance in float64"
     )
-    same_size = False
+    dimension = FEATURES
+    weights = (WEIGHTS,)
 
     def __init__(self, device: str | torch.device = "cpu", seed: int = 0) -> None:
         super().__init__(device, seed)
-        self._network = load_inception(weights.find_weights(WEIGHTS)).to(self.device)
-        self._sides = tuple(FeatureStream(self._features) for _ in self.needs)
+        self._inception = inception_features(self.device)
+
+    def _features(self, batch_B3HW: Tensor) -> Tensor:
+        return self._inception(batch_B3HW)
+
+
+class FDVgg16(Frechet):
+    """The Frechet distance of FID on VGG-16 features, a number of its own scale."""
+
+    name = "fd_vgg16"
+    protocol = (
+        "fd_vgg16: outputs against targets as sets, at their own size, Caffe VGG-16 relu5_3 (divided by its mean "
+        "activation 1.1) averaged over positions, 512 features, sample covariances, Frechet distance in float64"
+    )
+    dimension = VGG_FEATURES
+    smallest = 16  # px, where relu5_3 still has a pixel
+    weights = ("vgg16-caffe",)
+
+    def __init__(self, device: str | torch.device = "cpu", seed: int = 0) -> None:
+        super().__init__(device, seed)
+        self._vgg = vgg_features("vgg16-caffe", self.device, [VGG_LAYER])
+
+    def _features(self, batch_B3HW: Tensor) -> Tensor:
+        return self._vgg(batch_B3HW)[VGG_LAYER].mean(dim=(2, 3))
+
+
+class KID(Metric):
+    """Kernel Inception distance between the outputs and the targets as sets: unbiased, so made for small sets."""
+
+    name = "kid"
+    protocol = (
+        "kid: outputs against targets as sets, features as in fid, unbiased squared MMD with the kernel "
+        "(x.y / 2048 + 1)^3, all pictures up to 1000 a side, beyond that mean of 100 random subsets of 1000"
+    )
+    same_size = False
+    weights = (WEIGHTS,)
+
+    def __init__(self, device: str | torch.device = "cpu", seed: int = 0) -> None:
+        super().__init__(device, seed)
+        self._inception = inception_features(self.device)
+        self._rows: dict[str, list[Tensor]] = {side: [] for side in SIDES}
 
     @torch.inference_mode()
     def _add(self, *pictures: Tensor) -> None:
-        for side, batch in zip(self._sides, pictures, strict=True):
-            side.add(resize_for_inception(batch))
+        for side, batch in zip(SIDES, pictures, strict=True):
+            self._rows[side].append(self._inception(batch).cpu())
 
-    @torch.inference_mode()
-    def _features(self, inputs_B3SS: Tensor) -> Tensor:
-        return self._network(inputs_B3SS * 2 - 1)
+    def state(self) -> dict[str, Tensor]:
+        """The features so far."""
+        return {side: torch.cat(rows) if rows else torch.empty(0, FEATURES) for side, rows in self._rows.items()}
+
+    def absorb(self, state: dict[str, Tensor]) -> None:
+        """Add another process's features."""
+        for side, rows in state.items():
+            self._rows[side].append(rows)
 
     def _result(self) -> dict[str, Any]:
         if self.count < 2:
             return {"value": None, "note": "needs at least 2 pictures"}
-        result = {"value": frechet_distance(*(side.statistics() for side in self._sides))}
-        note = f"only {self.count} pictures: biased upwards below {FEATURES}, compare equal counts only"
-        return result if self.count >= FEATURES else {**result, "note": note}
+        first, second = (_in_order(torch.cat(self._rows[side]).double()) for side in SIDES)
+        if self.count <= KID_SIZE:
+            return {"value": squared_mmd(first, second)}
+        generator = torch.Generator().manual_seed(self.seed)
+        values = torch.tensor([_subset_mmd(first, second, generator) for _ in range(KID_SUBSETS)], dtype=torch.float64)
+        return {"value": values.mean().item(), "std": values.std(correction=0).item(), "seed": self.seed}
+
+
+def squared_mmd(first_ND: Tensor, second_ND: Tensor) -> float:
+    """Unbiased squared maximum mean discrepancy, kernel (x.y / D + 1)^3, of two sets of equally many features."""
+    count, dimension = first_ND.shape
+    within = 0.0
+    for rows in (first_ND, second_ND):
+        kernel = (rows @ rows.T / dimension + 1) ** 3
+        within += (kernel.sum() - kernel.diagonal().sum()) / (count * (count - 1))
+    between = ((first_ND @ second_ND.T / dimension + 1) ** 3).mean()
+    return float(within - 2 * between)
+
+
+def _subset_mmd(first_ND: Tensor, second_ND: Tensor, generator: torch.Generator) -> float:
+    picks = [torch.randperm(len(rows), generator=generator)[:KID_SIZE] for rows in (first_ND, second_ND)]
+    return squared_mmd(first_ND[picks[0]], second_ND[picks[1]])
+
+
+def _in_order(rows_ND: Tensor) -> Tensor:
+    """Rows sorted by their sum, so that random subsets do not depend on the order of the pictures."""
+    return rows_ND[rows_ND.sum(dim=1).argsort(stable=True)]
+
+
+def inception_features(device: torch.device) -> Remembering:
+    """uint8 pictures B,3,H,W to B,2048 float32 on `device`; shared by all that ask while the weight file is the same.
+
+    Raises:
+        MissingWeights, MissingDependency, CheckpointError: as `load_inception`.
+    """
+    return _shared_inception(device, weights.fingerprint(WEIGHTS)["sha256"])
+
+
+@functools.lru_cache(maxsize=1)
+def _shared_inception(device: torch.device, sha256: str) -> Remembering:
+    network = load_inception(weights.find_weights(WEIGHTS)).to(device)
+
+    @torch.inference_mode()
+    def features(batch_B3HW: Tensor) -> Tensor:
+        return network(resize_for_inception(batch_B3HW) * 2 - 1)
+
+    return Remembering(features)
 
 
 def resize_for_inception(images_B3HW: Tensor) -> Tensor:
@@ -103,32 +259,6 @@ def _build_inception() -> nn.Module:
     return network
 
 
-class FeatureStream:
-    """Features of one set: gathers network inputs into full batches and keeps only what the distance needs."""
-
-    def __init__(self, features: Any) -> None:
-        """`features` maps B,... inputs to B,D features."""
-        self._features = features
-        self._waiting: list[Tensor] = []
-        self._gathered = GaussianFit(FEATURES)
-
-    def add(self, inputs: Tensor) -> None:
-        """Take B inputs."""
-        self._waiting.extend(inputs)
-        while len(self._waiting) >= BATCH:
-            self._flush()
-
-    def statistics(self) -> GaussianFit:
-        """The fit of all that was added."""
-        while self._waiting:
-            self._flush()
-        return self._gathered
-
-    def _flush(self) -> None:
-        batch, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
-        self._gathered.add(self._features(torch.stack(batch)))
-
-
 class GaussianFit:
     """Mean and covariance of a stream of feature vectors, in float64 on the CPU.
 
@@ -143,11 +273,26 @@ class GaussianFit:
         self._count = 0  # rows merged into `_mean` and `_scatter`
         self._mean = torch.zeros(dimension, dtype=torch.float64)
         self._scatter: Tensor | None = None
+        self._known: tuple[Tensor, Tensor] | None = None  # mean and covariance, where nothing else is known
+
+    @classmethod
+    def of_statistics(cls, mean: Tensor, covariance: Tensor) -> GaussianFit:
+        """A fit that is known by mean (D) and covariance (D,D), of an unknown number of vectors."""
+        fit = cls(len(mean))
+        fit._known = (mean.double(), covariance.double())
+        return fit
 
     @property
-    def count(self) -> int:
-        """Vectors added so far."""
-        return self._count + self._kept
+    def count(self) -> int | None:
+        """Vectors added so far; None where only the statistics are known."""
+        return None if self._known else self._count + self._kept
+
+    def merge(self, other: GaussianFit) -> None:
+        """Add what another fit (of vectors, not of statistics) has gathered."""
+        if other._scatter is not None:
+            self._merge_scatter(other._mean, other._scatter, other._count)
+        for rows in other._rows:
+            self.add(rows)
 
     def add(self, features_ND: Tensor) -> None:
         """Take N vectors of any float type."""
@@ -160,27 +305,82 @@ class GaussianFit:
         """Fold the kept rows into mean and scatter."""
         rows = torch.cat(self._rows)
         mean, centred = rows.mean(dim=0), rows - rows.mean(dim=0)
-        shift, total = mean - self._mean, self._count + self._kept
-        scatter = centred.T @ centred
+        self._rows, self._kept = [], 0
+        self._merge_scatter(mean, centred.T @ centred, len(rows))
+
+    def _merge_scatter(self, mean: Tensor, scatter: Tensor, count: int) -> None:
+        """Add `count` vectors that are known by their mean and scatter matrix."""
+        shift, total = mean - self._mean, self._count + count
         if self._scatter is not None:
-            scatter += self._scatter + torch.outer(shift, shift) * (self._count * self._kept / total)
-        self._mean, self._scatter = self._mean + shift * (self._kept / total), scatter
-        self._rows, self._kept, self._count = [], 0, total
+            scatter = scatter + self._scatter + torch.outer(shift, shift) * (self._count * count / total)
+        self._mean, self._scatter, self._count = self._mean + shift * (count / total), scatter, total
 
     def mean(self) -> Tensor:
         """D float64."""
+        if self._known:
+            return self._known[0]
         kept = torch.cat(self._rows).sum(dim=0) if self._rows else 0
         return (self._mean * self._count + kept) / self.count
 
     def factor(self) -> Tensor:
         """A matrix A with A^T A equal to the sample covariance (divided by count - 1): N,D or D,D float64."""
+        if self._known:
+            return _root(self._known[1])
         if self._scatter is None:
             rows = torch.cat(self._rows)
             return (rows - rows.mean(dim=0)) / (self.count - 1) ** 0.5
+        return _root(self.covariance())
+
+    def covariance(self) -> Tensor:
+        """The sample covariance (divided by count - 1), D,D float64."""
+        if self._known:
+            return self._known[1]
+        if self._scatter is None:
+            factor = self.factor()
+            return factor.T @ factor
         if self._rows:
             self._merge()
-        values, vectors = torch.linalg.eigh(self._scatter / (self._count - 1))
-        return values.clamp_min(0).sqrt()[:, None] * vectors.T
+        return self._scatter / (self._count - 1)
+
+
+def _root(covariance_DD: Tensor) -> Tensor:
+    """A with A^T A = covariance. Eigenvalues at the level of rounding count as 0: their roots would add up."""
+    values, vectors = torch.linalg.eigh(covariance_DD)
+    negligible = values[-1].clamp_min(0) * len(values) * torch.finfo(values.dtype).eps
+    return torch.where(values > negligible, values, 0).sqrt()[:, None] * vectors.T
+
+
+def save_statistics(path: str | Path, fit: GaussianFit) -> None:
+    """Write mean and covariance as pytorch-fid does: an .npz with mu (D) and sigma (D,D), float64. Atomic.
+
+    Raises:
+        DataError: fewer than 2 vectors, or the file cannot be written.
+    """
+    if fit.count is not None and fit.count < 2:
+        raise DataError(f"{shown(path)}: statistics need at least 2 pictures")
+    with atomic_path(path) as temporary, open(temporary, "wb") as stream:
+        np.savez_compressed(stream, mu=fit.mean().numpy(), sigma=fit.covariance().numpy())
+
+
+def load_statistics(path: str | Path, dimension: int) -> GaussianFit:
+    """Read a file as pytorch-fid and `save_statistics` write it.
+
+    Raises:
+        DataError: unreadable, not such a file, of another number of features, or not finite.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            mean, covariance = (np.asarray(found[key], dtype=np.float64) for key in ("mu", "sigma"))
+    except Exception as error:  # zipfile, numpy and zlib each raise their own
+        reason = " ".join(shown(error).split())[:200]
+        raise DataError(
+            f"{shown(path)}: not statistics in pytorch-fid's format ({reason}); make them with --save-stats"
+        ) from error
+    if mean.shape != (dimension,) or covariance.shape != (dimension, dimension):
+        raise DataError(f"{shown(path)}: holds {mean.shape} features, {dimension} are needed; use the same network")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise DataError(f"{shown(path)}: holds numbers that are not finite; make the statistics again")
+    return GaussianFit.of_statistics(torch.from_numpy(mean), torch.from_numpy(covariance))
 
 
 def frechet_distance(first: GaussianFit, second: GaussianFit) -> float:

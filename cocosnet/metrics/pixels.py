@@ -27,16 +27,26 @@ class PairMean(Metric):
         super().__init__(device, seed)
         self._values: list[float] = []
 
-    def _add(self, *pictures: Tensor) -> None:
-        output, target = (picture.double() for picture in pictures)
-        self._values.extend(self._per_pair(output, target).tolist())
+    @torch.inference_mode()
+    def _add(self, *pictures: Tensor) -> list[float | None]:
+        values = self._per_pair(*(picture.double() for picture in pictures)).tolist()
+        self._values.extend(values)
+        return values
+
+    def state(self) -> list[float]:
+        """The numbers so far."""
+        return self._values
+
+    def absorb(self, state: list[float]) -> None:
+        """Add another process's numbers."""
+        self._values.extend(state)
 
     @abstractmethod
     def _per_pair(self, output_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:
         """One number a pair, B, of float64 pictures in 0..255."""
 
     def _result(self) -> dict[str, Any]:
-        return {"value": _mean(self._values)}
+        return {"value": mean(self._values)}
 
 
 class L1(PairMean):
@@ -67,7 +77,7 @@ class PSNR(PairMean):
 
     def _result(self) -> dict[str, Any]:
         finite = [value for value in self._values if value != float("inf")]
-        return {"value": _mean(finite) if finite else None, "identical": len(self._values) - len(finite)}
+        return {"value": mean(finite) if finite else None, "identical": len(self._values) - len(finite)}
 
 
 class SSIM(PairMean):
@@ -83,6 +93,30 @@ class SSIM(PairMean):
 
     def _per_pair(self, output_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:
         return ssim_map(output_B3HW, target_B3HW).mean(dim=(1, 2, 3))
+
+
+class WarpL1(L1):
+    """L1 of the warped exemplar (the record's "warp") against the target, as in Tables 4 and 5 but in [0,1]."""
+
+    name = "warp_l1"
+    protocol = L1.protocol.replace("l1:", "warp_l1:").replace("output", "warp")
+    needs = ("warp", "target")
+
+
+class WarpPSNR(PSNR):
+    """PSNR of the warped exemplar against the target, in dB (Tables 4 and 5)."""
+
+    name = "warp_psnr"
+    protocol = PSNR.protocol.replace("psnr:", "warp_psnr: warp against target,")
+    needs = ("warp", "target")
+
+
+class WarpSSIM(SSIM):
+    """SSIM of the warped exemplar against the target (Tables 4 and 5)."""
+
+    name = "warp_ssim"
+    protocol = SSIM.protocol.replace("ssim:", "warp_ssim: warp against target,")
+    needs = ("warp", "target")
 
 
 def ssim_map(first_B3HW: Tensor, second_B3HW: Tensor) -> Tensor:
@@ -105,6 +139,6 @@ def _window_mean(image_B3HW: Tensor) -> Tensor:
     return means.squeeze(1).unflatten(0, image_B3HW.shape[:2])
 
 
-def _mean(values: list[float]) -> float:
+def mean(values: list[float]) -> float:
     """Mean that does not depend on the order of the values (they are summed smallest first)."""
     return sum(sorted(values)) / len(values)

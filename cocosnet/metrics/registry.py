@@ -1,12 +1,14 @@
 """Names of metrics: the built-in ones and those of installed packages (entry points, group "cocosctl.metrics").
 
-Both go the same way: a name leads to "module:attribute", which is imported when the metric is asked for. The attribute
-is called as `attribute(device=..., seed=...)` and returns a `cocosnet.metrics.base.Metric`.
+Both go the same way: a name leads to "module:attribute", which is imported when the metric is asked for, called as
+`attribute(device=..., seed=...)` and returns a `cocosnet.metrics.base.Metric`. `name:network` asks for another network
+than the metric's own, e.g. `semantic:vgg19`; the attribute is then called with `network=...` as well.
 """
 
 from __future__ import annotations
 
 import difflib
+import inspect
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
@@ -17,11 +19,24 @@ if TYPE_CHECKING:
 
 GROUP = "cocosctl.metrics"
 BUILT_IN = {
+    "diversity": "cocosnet.metrics.perceptual:Diversity",
+    "fd_vgg16": "cocosnet.metrics.fid:FDVgg16",
     "fid": "cocosnet.metrics.fid:FID",
+    "kid": "cocosnet.metrics.fid:KID",
     "l1": "cocosnet.metrics.pixels:L1",
+    "lpips": "cocosnet.metrics.perceptual:LPIPS",
     "psnr": "cocosnet.metrics.pixels:PSNR",
+    "semantic": "cocosnet.metrics.cosine:Semantic",
+    "semantic_region": "cocosnet.metrics.cosine:SemanticRegion",
     "ssim": "cocosnet.metrics.pixels:SSIM",
+    "style_color": "cocosnet.metrics.cosine:StyleColor",
+    "style_color_region": "cocosnet.metrics.cosine:StyleColorRegion",
+    "style_texture": "cocosnet.metrics.cosine:StyleTexture",
+    "style_texture_region": "cocosnet.metrics.cosine:StyleTextureRegion",
     "swd": "cocosnet.metrics.swd:SWD",
+    "warp_l1": "cocosnet.metrics.pixels:WarpL1",
+    "warp_psnr": "cocosnet.metrics.pixels:WarpPSNR",
+    "warp_ssim": "cocosnet.metrics.pixels:WarpSSIM",
 }
 
 
@@ -34,10 +49,11 @@ def get_metric(name: str, *, device: str = "cpu", seed: int = 0) -> Metric:
     """A fresh metric.
 
     Raises:
-        ConfigError: no metric has this name.
+        ConfigError: no metric has this name, or it has no such network.
         MissingWeights, MissingDependency: what the metric needs is not here, or a plug-in cannot be imported.
     """
     doors = _doors()
+    name, colon, network = name.partition(":")
     if name not in doors:
         close = difflib.get_close_matches(name, doors, n=1)
         guess = f" (did you mean {close[0]!r}?)" if close else ""
@@ -50,7 +66,11 @@ def get_metric(name: str, *, device: str = "cpu", seed: int = 0) -> Metric:
         raise MissingDependency(
             f"metric {name!r}: cannot import {doors[name].value} ({error}); mend or remove the package that offers it"
         ) from error
-    return kind(device=device, seed=seed)
+    if not colon:
+        return kind(device=device, seed=seed)
+    if "network" not in inspect.signature(kind).parameters:
+        raise ConfigError(f"the metric {name} has no choice of networks; write {name} instead of {name}:{network}")
+    return kind(device=device, seed=seed, network=network)
 
 
 def _doors() -> dict[str, EntryPoint]:

@@ -62,6 +62,20 @@ class SWD(Metric):
             sides = self._patches.setdefault(len(pyramid) - 1 - depth, {side: [] for side in SIDES})
             sides[side].append(patches)
 
+    def state(self) -> dict[int, dict[str, Tensor]]:
+        """The patches so far, by octave and side."""
+        return {
+            octave: {side: torch.cat(patches) for side, patches in sides.items()}
+            for octave, sides in self._patches.items()
+        }
+
+    def absorb(self, state: dict[int, dict[str, Tensor]]) -> None:
+        """Add another process's patches."""
+        for octave, found in state.items():
+            sides = self._patches.setdefault(octave, {side: [] for side in SIDES})
+            for side, patches in found.items():
+                sides[side].extend(patches.split(PATCHES))
+
     def _result(self) -> dict[str, Any]:
         levels = {str(COARSEST << octave): self._level(octave) for octave in sorted(self._patches, reverse=True)}
         result = {"value": sum(levels.values()) / len(levels), "levels": levels, "seed": self.seed}

@@ -1,0 +1,112 @@
+"""The networks that metrics look through, each loaded once and run once a picture however many metrics ask."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cocosnet.errors import CheckpointError
+from cocosnet.losses.perceptual import load_perceptual
+from cocosnet.weights import fingerprint
+
+REMEMBERED = 3  # batches whose features are kept: output, target and exemplar of the pairs at hand
+
+
+class Remembering:
+    """A function of batches of pictures that remembers its last few results, by the identity of the batch.
+
+    All metrics of an evaluation are given the same tensors, so that each picture passes the network once.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor | dict[str, Tensor]]) -> None:
+        self._function = function
+        self._results: list[tuple[Tensor, Tensor | dict[str, Tensor]]] = []
+
+    def __call__(self, batch: Tensor) -> Tensor | dict[str, Tensor]:
+        """The function's result for this very tensor."""
+        for known, result in self._results:
+            if known is batch:
+                return result
+        result = self._function(batch)
+        self._results = [*self._results, (batch, result)][-REMEMBERED:]
+        return result
+
+    def forget(self) -> None:
+        """Drop what is remembered."""
+        self._results = []
+
+
+class VggFeatures:
+    """Rectified maps of a VGG for batches of pictures: B,3,H,W uint8 to {layer: B,C,h,w float32}.
+
+    Metrics name their layers when they are made, so that one pass serves all of them.
+    """
+
+    def __init__(self, network: str, device: torch.device) -> None:
+        self._network = load_perceptual(network, device)
+        self._layers: set[str] = set()
+        self._maps = Remembering(self._forward)
+
+    def want(self, layers: Iterable[str]) -> None:
+        """Layers that will be asked for."""
+        self._layers |= set(layers)
+        self._maps.forget()
+
+    def __call__(self, batch_B3HW: Tensor) -> dict[str, Tensor]:
+        """Maps of all layers that are wanted."""
+        return self._maps(batch_B3HW)
+
+    @torch.inference_mode()
+    def _forward(self, batch_B3HW: Tensor) -> dict[str, Tensor]:
+        return self._network(batch_B3HW.float() / 127.5 - 1, self._layers)
+
+
+def vgg_features(network: str, device: torch.device, layers: Iterable[str]) -> VggFeatures:
+    """The features of the VGG "vgg16-caffe" or "vgg19", shared by all that ask while the weight file is the same.
+
+    Raises:
+        MissingWeights, CheckpointError: as `load_perceptual`.
+    """
+    features = _shared_vgg(network, device, fingerprint(network)["sha256"])
+    features.want(layers)
+    return features
+
+
+@functools.lru_cache(maxsize=2)
+def _shared_vgg(network: str, device: torch.device, sha256: str) -> VggFeatures:
+    return VggFeatures(network, device)
+
+
+def resized(batch_B3HW: Tensor, side: int) -> Tensor:
+    """uint8 pictures at side x side px (bilinear, antialiased, rounded); the same tensor where they have that size."""
+    if batch_B3HW.shape[-2:] == (side, side):
+        return batch_B3HW
+    small = F.interpolate(batch_B3HW.float(), size=(side, side), mode="bilinear", antialias=True)
+    return small.round().clamp(0, 255).byte()
+
+
+def load_lpips(network: str, path: Path) -> torch.nn.Module:
+    """The package's LPIPS (version 0.1) with the trunk "alex" or "vgg" from torchvision's file at `path`.
+
+    Raises:
+        CheckpointError: the file is damaged or of another network.
+    """
+    import lpips
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the package calls torchvision in an old way
+        model = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)  # "rand": it must not fetch the trunk itself
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        wanted = {key: state[f"features.{key.split('.', 1)[1]}"] for key in model.net.state_dict()}
+        model.net.load_state_dict(wanted)
+    except Exception as error:  # a damaged file raises nearly anything, from KeyError to UnpicklingError
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: not torchvision's {network} weights ({reason}); fetch it again") from error
+    return model.eval().requires_grad_(False)

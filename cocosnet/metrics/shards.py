@@ -1,0 +1,52 @@
+"""Several processes that share an evaluation: `torchrun` starts them, each measures every n-th pair, the first sums up.
+
+The launcher says who is who by the environment (RANK, WORLD_SIZE); without it there is one process and nothing here
+communicates. What is exchanged lies in the CPU's memory, so that gloo serves every device.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Shards:
+    """This process among those of the evaluation. `rank` counts from 0; by default it is alone."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def join(cls) -> Shards:
+        """Take the place that the launcher gives."""
+        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if size > 1 and not dist.is_initialized():
+            dist.init_process_group("gloo")
+        return cls(rank, size)
+
+    def share(self, items: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+        """This process's items with their numbers in the whole: every size-th one."""
+        return islice(enumerate(items), self.rank, None, self.size)
+
+    def gather(self, item: Any) -> list[Any] | None:
+        """Everyone's items in the order of the ranks, for rank 0; None for the others. All ranks must come here."""
+        if self.size == 1:
+            return [item]
+        items = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(item, items)
+        return items
+
+    def leave(self) -> None:
+        """End the communication, after every rank has come here."""
+        if self.size > 1 and dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+ALONE = Shards()  # one process
