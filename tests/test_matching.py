@@ -202,6 +202,21 @@ def test_the_candidates_of_a_pixel_stay_distinct_to_the_last_level(backend):
         assert distinct / (pixels.shape[-2] * pixels.shape[-1]) > 5
 
 
+def test_an_odd_shift_is_found_at_every_level_by_propagation_alone():
+    """Offsets of a coarser level, doubled, are even; the levels must reach the odd ones as well."""
+    torch.manual_seed(0)
+    config = MatchingConfig(channels=16, candidates=4, iterations=2, refinement="none")
+    hierarchy = Hierarchy((16, 16), config).eval()
+    fine = F.normalize(F.avg_pool2d(unit(5, 1, 16, 24, 24), 5, 1, 2), dim=1)
+    shift = (3, 5)
+    shifted = fine.roll(shift, dims=(-2, -1))
+    coarse = [F.normalize(F.avg_pool2d(features, 2), dim=1) for features in (fine, shifted)]
+    levels = hierarchy([coarse[0], fine], [coarse[1], shifted], torch.zeros(1, 3, 24, 24))
+    offsets = (levels[-1].matches.positions[0, 0] - pixel_grid(24, 24))[:, :-6, :-6]
+    right = (offsets.round() == torch.tensor(shift).view(2, 1, 1)).all(0).float().mean()
+    assert right > 0.9
+
+
 def test_the_warp_teaches_the_refinement_where_to_look():
     """Features say "stay", the pictures say "one down, two right": the warp's error alone moves the matches there.
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.ndimage import map_coordinates
 
-from cocosnet.model.warp import clamp_positions, pixel_grid, sample, soft_warp, upsample_positions
+from cocosnet.model.warp import child_positions, clamp_positions, pixel_grid, sample, soft_warp, upsample_positions
 
 
 def random_positions(batch, candidates, height, width, target, seed=0):
@@ -63,6 +63,16 @@ def test_upsampling_the_identity_gives_the_identity_and_an_offset_doubles():
     assert torch.equal(upsample_positions(identity, 6, 10)[0, 0], pixel_grid(6, 10))
     shifted = upsample_positions(identity + torch.tensor([1.0, -2.0]).view(1, 1, 2, 1, 1), 6, 10)[0, 0]
     assert torch.equal(shifted, pixel_grid(6, 10) + torch.tensor([2.0, -4.0]).view(2, 1, 1))
+
+
+def test_the_children_of_a_match_are_the_four_fine_pixels_of_its_pixel_own_corner_first():
+    coarse = torch.tensor([[5.0, 7.0], [0.0, 2.0]]).view(1, 2, 2, 1, 1)
+    found = child_positions(torch.cat([coarse] * 4, dim=1), 2, 2)[0]
+    for i, j in [(0, 0), (0, 1), (1, 0), (1, 1)]:
+        assert found[0, :, i, j].tolist() == [10 + i, 14 + j]
+        assert sorted(found[:4, :, i, j].tolist()) == [[10, 14], [10, 15], [11, 14], [11, 15]]
+        assert sorted(found[4:, :, i, j].tolist()) == [[0, 4], [0, 5], [1, 4], [1, 5]]
+    assert torch.equal(child_positions(coarse[:, :1], 2, 2), upsample_positions(coarse[:, :1], 2, 2))
 
 
 def test_the_warp_passes_numerical_gradient_checks():

@@ -62,7 +62,7 @@ class AblationSettings:
 
 @dataclass(frozen=True)
 class Row:
-    """One variant: how many levels it has, what its operator is made of, and in which tables it stands under which name."""
+    """One variant: its number of levels, what its operator is made of, and (table, title) for each of its places."""
 
     name: str
     levels: int
@@ -75,9 +75,7 @@ def rows_of(settings: AblationSettings) -> list[Row]:
     """The rows of both tables; the full model, last, stands in both."""
     sides = [settings.coarse * 2**i for i in range(settings.levels)]
     titles = [" + ".join(map(str, sides[: i + 1])) for i in range(settings.levels)]
-    partial = [
-        Row(f"levels-{i + 1}", i + 1, tables=(("table4", titles[i]),)) for i in range(settings.levels - 1)
-    ]
+    partial = [Row(f"levels-{i + 1}", i + 1, tables=(("table4", titles[i]),)) for i in range(settings.levels - 1)]
     whole = settings.levels
     operators = [
         Row("propagation", whole, True, "none", (("table5", "propagation only"),)),
@@ -105,7 +103,7 @@ class Sample:
 def run_ablation(
     pictures: Sequence[Path], settings: AblationSettings, seeds: Sequence[int], folder: Path
 ) -> Iterator[dict[str, Any]]:
-    """Train and measure every row with every seed, a JSON file each in `folder`; what is there already is not done again.
+    """Train and measure every row with every seed, a JSON file each in `folder`; what is there is not done again.
 
     Yields each row's result when it is there. Every fifth picture (at least one) is held out for the test.
 
@@ -139,9 +137,7 @@ def train_row(row: Row, settings: AblationSettings, seed: int, sample: Sample) -
         pair = batch.pair.shrunk(2 ** (settings.levels - row.levels))
         with torch.autocast("cpu", torch.bfloat16):  # convolutions only: matching stays in float32 by itself
             levels = hierarchy(batch.query[: row.levels], batch.exemplar[: row.levels], pair.exemplar)
-        loss = correspondence_loss(
-            [level.warps for level in levels], pair.query, torch.ones(settings.batch), DECAY
-        )
+        loss = correspondence_loss([level.warps for level in levels], pair.query, torch.ones(settings.batch), DECAY)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(hierarchy.parameters(), 1.0)
@@ -247,13 +243,15 @@ def _samples(
     pictures: Sequence[Path], settings: AblationSettings, seed: int, raw: Callable[[Tensor], Pyramid]
 ) -> list[Sample]:
     """Train and test pairs with their features; the principal components are those of the training pictures."""
-    test = list(pictures[:: 5])
+    test = list(pictures[::5])
     train = [path for path in pictures if path not in test]
     drawn = _pairs(train, settings.train_pairs, settings.size, 1000 + seed)
     held_out = _pairs(test, settings.test_pairs, settings.size, TEST_SEED)
     some = raw(drawn.exemplar[:TEST_BATCH])
     reductions = [fit_reduction([features], settings.channels) for features in some]
-    return [Sample(p, _reduced(raw, reductions, p.query), _reduced(raw, reductions, p.exemplar)) for p in (drawn, held_out)]
+    return [
+        Sample(p, _reduced(raw, reductions, p.query), _reduced(raw, reductions, p.exemplar)) for p in (drawn, held_out)
+    ]
 
 
 def _pairs(paths: Sequence[Path], count: int, size: int, seed: int) -> Pair:

@@ -41,9 +41,7 @@ def release_level(
     scores = _scores(positions, features_x, features_y)
     weights = torch.softmax(scores / tau, dim=1)
     columns = exemplar.shape[-1]
-    warp = sum(
-        weights[:, k, None] * _gather(exemplar, positions[:, k], columns) for k in range(candidates)
-    )
+    warp = sum(weights[:, k, None] * _gather(exemplar, positions[:, k], columns) for k in range(candidates))
     order = torch.argsort(scores, dim=1, descending=True, stable=True)
     positions = positions.gather(1, order.unsqueeze(2).expand_as(positions)).float()
     return Matches(positions, scores.gather(1, order)), warp
@@ -82,10 +80,7 @@ def _scores(positions: Tensor, features_x: Tensor, features_y: Tensor) -> Tensor
     """Dot products, candidate by candidate, each over a gathered copy of the features. Returns B,N,h,w."""
     columns = features_y.shape[-1]
     return torch.stack(
-        [
-            (features_x * _gather(features_y, positions[:, k], columns)).sum(1)
-            for k in range(positions.shape[1])
-        ],
+        [(features_x * _gather(features_y, positions[:, k], columns)).sum(1) for k in range(positions.shape[1])],
         dim=1,
     )
 

@@ -1,8 +1,8 @@
 """The matcher on known warps: how right, how quick and how large it is, level by level, beside the exact answer.
 
-Figures of a level are over its valid pixels (those whose true match lies inside the exemplar), averaged over the pictures.
-The exact engine's are over a regular sample of them, for which every position of the exemplar is compared: that stays
-affordable at 512x512 and more. What is compared with it is taken over the same sample.
+Figures of a level are over its valid pixels (those whose true match lies inside the exemplar), averaged over the
+pictures. The exact engine's are over a regular sample of them, for which every position of the exemplar is compared:
+that stays affordable at 512x512 and more. What is compared with it is taken over the same sample.
 """
 
 from __future__ import annotations
@@ -248,7 +248,10 @@ def _report(
 ) -> dict[str, Any]:
     """One object of everything: settings, the levels' means over the pictures, totals, the contest and the floor."""
     levels = [
-        {name: (max if name == "peak_mib" else statistics.fmean)(picture[i][name] for picture in found) for name in level}
+        {
+            name: (max if name == "peak_mib" else statistics.fmean)(picture[i][name] for picture in found)
+            for name in level
+        }
         for i, level in enumerate(found[0])
     ]
     contest = rivalry or {"speedup": None, "ours": None, "baseline": None}
@@ -270,7 +273,7 @@ def _report(
 
 
 def _floor(levels: list[dict[str, float]], config: MatchingConfig, device: torch.device) -> dict[str, float]:
-    """The least seconds that the PatchMatch levels could take here, by arithmetic and by memory, and what they rest on."""
+    """The least seconds of the PatchMatch levels here, by arithmetic and by memory, and what they rest on."""
     pixels = sum(int(level["side"]) ** 2 for level in levels)
     floor = matching_floor(pixels, config.channels, config.candidates, config.iterations)
     rates = {"flop_per_second": multiply_rate(device), "bytes_per_second": copy_rate(device)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +36,8 @@ class Source:
 def open_source(features: str, config: MatchingConfig, depth: int | None, device: torch.device) -> Source:
     """Features by name (`colour`, `vgg16`), or a checkpoint (a file or a shipped name), over `depth` levels.
 
-    A checkpoint brings its own matching config, of which only backend and iterations give way to `config`'s, and its own
-    number of levels, of which the `depth` finest are used (None: all).
+    A checkpoint brings its own matching config, of which only backend and iterations give way to `config`'s, and its
+    own number of levels, of which the `depth` finest are used (None: all).
 
     Raises:
         ConfigError: more levels than there are, or another K than the checkpoint's refinement was made for.

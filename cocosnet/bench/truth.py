@@ -28,7 +28,7 @@ class Pair:
     field: Tensor
 
     def truth(self, factor: int) -> tuple[Tensor, Tensor]:
-        """The level that is `factor` times smaller: positions B,2,h,w in its px, and B,h,w bool, true inside the exemplar.
+        """At a `factor` times smaller level: positions B,2,h,w in its px, and B,h,w bool, true inside the exemplar.
 
         A pixel of the level stands for factor x factor pixels; its truth is the mean of theirs.
         """
@@ -39,9 +39,7 @@ class Pair:
 
     def shrunk(self, factor: int) -> Pair:
         """The same pair at a `factor` times smaller size."""
-        return Pair(
-            downsample(self.query, factor), downsample(self.exemplar, factor), self.truth(factor)[0]
-        )
+        return Pair(downsample(self.query, factor), downsample(self.exemplar, factor), self.truth(factor)[0])
 
 
 def make_pair(pictures: Tensor, config: DistortionConfig, generator: torch.Generator) -> Pair:
@@ -51,5 +49,5 @@ def make_pair(pictures: Tensor, config: DistortionConfig, generator: torch.Gener
 
 
 def read_square(path: Path, size: int) -> Tensor:
-    """The middle square of a picture file at size x size px: 1,3,size,size in [-1, 1]. Raises DataError as `load_rgb`."""
+    """The middle square of a picture file, resized: 1,3,size,size in [-1, 1]. Raises DataError as `load_rgb`."""
     return to_tensor(ImageOps.fit(load_rgb(path, size), (size, size))).unsqueeze(0)

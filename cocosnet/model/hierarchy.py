@@ -16,7 +16,7 @@ from cocosnet.model.convgru import Refinement
 from cocosnet.model.exact import exact_top_k, exact_warp
 from cocosnet.model.matches import Matches
 from cocosnet.model.patchmatch import best_first, select_engine
-from cocosnet.model.warp import downsample, soft_warp, upsample_positions
+from cocosnet.model.warp import child_positions, downsample, soft_warp
 
 
 @dataclass
@@ -70,7 +70,7 @@ class PatchMatchLevel(nn.Module):
 
     def forward(self, coarse: Matches, features_x: Tensor, features_y: Tensor, exemplar: Tensor) -> Level:
         """coarse: H_{l-1}; features B,C,h,w and B,C,H,W of unit length; exemplar B,3,H,W."""
-        positions = upsample_positions(coarse.positions.detach(), *features_x.shape[-2:])
+        positions = child_positions(coarse.positions.detach(), *features_x.shape[-2:])
         state, warps = None, []
         for iteration in range(self.iterations):
             state, matches = self.iterate(state, positions.detach(), features_x, features_y)

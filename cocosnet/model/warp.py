@@ -62,6 +62,21 @@ def upsample_positions(positions_BK2hw: Tensor, height: int, width: int) -> Tens
     return doubled + pixel_grid(height, width, positions_BK2hw.device).remainder(2)
 
 
+def child_positions(positions_BK2hw: Tensor, height: int, width: int) -> Tensor:
+    """Start a finer level: a match in coarse pixel q says that the fine one lies in one of the four fine pixels of q.
+
+    The K/4 best coarse matches (rounded up) give four candidates each, the fine pixel's own corner first; K remain.
+    `upsample_positions` alone would double every offset, and since propagation copies offsets, none could ever be odd.
+    Returns B,K,2,height,width, not clamped, best coarse match first.
+    """
+    candidates = positions_BK2hw.shape[1]
+    parents = upsample_positions(positions_BK2hw[:, : -(-candidates // 4)], height, width)
+    own = pixel_grid(height, width, parents.device).remainder(2)
+    corners = parents.new_tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).view(4, 2, 1, 1)
+    steps = (own + corners).remainder(2) - own  # from the own corner to each of the four
+    return (parents.unsqueeze(2) + steps).flatten(1, 2)[:, :candidates]
+
+
 def downsample(image_BCHW: Tensor, factor: int) -> Tensor:
     """Average `factor` x `factor` pixels, the arrow of Eq. 12; sizes must be multiples of `factor`."""
     return image_BCHW if factor == 1 else F.avg_pool2d(image_BCHW, factor)
