@@ -17,7 +17,7 @@ app = typer.Typer(
     add_completion=False, rich_markup_mode=None, help="Measure the matcher on known warps of real photographs."
 )
 Pictures = Annotated[
-    Path | None, Argument(metavar="[PICTURES]", show_default=False, help="A folder of photographs; else the demo's.")
+    Path | None, Argument(metavar="PICTURES", show_default=False, help="A folder of photographs; else the demo's.")
 ]
 Features = Annotated[
     str, Option("--features", metavar="NAME|FILE", help="colour, vgg16, or a trained model: demo, or a file.")
