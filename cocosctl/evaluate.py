@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Option
@@ -14,7 +15,12 @@ from cocosctl.exits import ExitCode
 from cocosctl.jobs import open_records
 from cocosctl.output import Output
 from cocosnet.data.records import Record
-from cocosnet.errors import DataError
+from cocosnet.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from cocosnet.metrics import Evaluation
+
+STATISTICS = ".npz"
 
 
 def evaluate(
@@ -22,9 +28,28 @@ def evaluate(
         str, Option("--metrics", metavar="A,B,..", show_default=False, help="Names of metrics, e.g. swd,psnr,ssim.")
     ],
     manifest: options.Manifest = None,
-    outputs: Annotated[Path | None, Option("--outputs", metavar="DIR", help="Made pictures, not records.")] = None,
-    targets: Annotated[Path | None, Option("--targets", metavar="DIR", help="True pictures of the same names.")] = None,
-    exemplars: Annotated[Path | None, Option("--exemplars", metavar="DIR", help="Exemplars of the same names.")] = None,
+    outputs: Annotated[
+        Path | None, Option("--outputs", metavar="DIR|LIST", help="Made pictures, not records; or .npz statistics.")
+    ] = None,
+    targets: Annotated[
+        Path | None, Option("--targets", metavar="DIR|LIST", help="True pictures, paired by name; or .npz statistics.")
+    ] = None,
+    exemplars: Annotated[Path | None, Option("--exemplars", metavar="DIR|LIST", help="Exemplars.")] = None,
+    warps: Annotated[Path | None, Option("--warps", metavar="DIR|LIST", help="Warped exemplars.")] = None,
+    labels: Annotated[Path | None, Option("--labels", metavar="DIR|LIST", help="Label maps of the outputs.")] = None,
+    exemplar_labels: Annotated[
+        Path | None, Option("--exemplar-labels", metavar="DIR|LIST", help="Label maps of the exemplars.")
+    ] = None,
+    scores: Annotated[
+        Path | None, Option("--scores", metavar="FILE", help="Write each pair's scores as JSONL.")
+    ] = None,
+    report: Annotated[
+        Path | None, Option("--report", metavar="DIR", help="Write DIR/index.html, a page to sort.")
+    ] = None,
+    save_stats: Annotated[
+        Path | None,
+        Option("--save-stats", metavar="FILE", help="Write the outputs' statistics (fid, fd_vgg16) as .npz."),
+    ] = None,
     device: options.Device = "auto",
     seed: options.Seed = None,
     limit: options.Limit = None,
@@ -34,47 +59,134 @@ def evaluate(
 ) -> None:
     """Measure outputs: against targets, or against exemplars.
 
-    Prints one object: with --json as JSON with protocols, counts and versions, otherwise a line `name value` a metric.
+    Folders pair pictures by name, lists (text files of one path a line) by line. Prints one object: with --json as JSON
+    with protocols, counts, weights and versions, otherwise a line `name value` a metric. Under torchrun the pairs are
+    shared among the processes.
     """
-    records = _records(manifest, outputs, targets, exemplars, limit)
-    from cocosnet.checkpoint import resolve_device
-    from cocosnet.metrics import evaluate as measure
-
+    sources = {
+        "output": outputs, "target": targets, "exemplar": exemplars, "warp": warps,
+        "labels": labels, "exemplar_labels": exemplar_labels,
+    }  # fmt: skip
+    sources = {role: path for role, path in sources.items() if path is not None}
+    if manifest is None and outputs is None:
+        raise typer.BadParameter("give --manifest, or --outputs and --targets", param_hint="--manifest")
+    sides = _sides(sources, manifest, save_stats)
+    records = _records(manifest, {role: path for role, path in sources.items() if role not in sides}, limit)
     out = Output(as_json, quiet, verbose)
     names = [name.strip() for name in metrics.split(",") if name.strip()]
-    with out.progress("pairs", len(records) if isinstance(records, list) else None) as advance:
-        result = measure(_counted(records, advance), names, str(resolve_device(device)), seed=seed or 0)
-    if not result["count"] and not result["failed"]:
-        raise DataError("there is nothing to measure: no record came in; check the command before this one in the pipe")
-    out.result(result if as_json else {name: entry["value"] for name, entry in result["metrics"].items()})
-    _sum_up(result, out)
+    evaluation, result = _measure(records, names, device, seed or 0, sides, out)
+    if result is not None:
+        if save_stats is not None:
+            _save_statistics(save_stats, evaluation)
+        _write_pairs(evaluation, result, scores, report, out)
+        _tell(result, out)
 
 
-def _records(
-    manifest: str | None, outputs: Path | None, targets: Path | None, exemplars: Path | None, limit: int | None
-) -> Iterable[Record]:
-    """Records of a manifest or of folders, whichever is named."""
+def _sides(sources: dict[str, Path], manifest: str | None, save_stats: Path | None) -> dict[str, Path | None]:
+    """Sides that are no pictures: files of statistics, and missing targets (None) where the outputs' are saved."""
+    sides: dict[str, Path | None] = {
+        role: path for role, path in sources.items() if role in ("output", "target") and path.suffix == STATISTICS
+    }
+    if save_stats is not None and manifest is None and "target" not in sources:
+        sides["target"] = None
+    return sides
+
+
+def _records(manifest: str | None, sources: dict[str, Path], limit: int | None) -> Iterable[Record]:
+    """Records of a manifest, or of folders or lists, whichever is named; none where all is known by statistics."""
     if manifest is not None:
-        if outputs or targets or exemplars:
+        if sources:
             raise typer.BadParameter("give --manifest or folders, not both", param_hint="--manifest")
+        if manifest == "-" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise typer.BadParameter(
+                "processes cannot share stdin; save the records to a file", param_hint="--manifest"
+            )
         return open_records(manifest, limit)
-    if outputs is None or targets is None:
-        raise typer.BadParameter("give --manifest, or --outputs and --targets", param_hint="--manifest")
-    from cocosnet.metrics import records_from_folders
+    from cocosnet.metrics import records_from
 
-    return records_from_folders(outputs, targets, exemplars)[:limit]
+    return records_from(sources)[:limit] if sources else []
 
 
-def _counted(records: Iterable[Record], advance: Any) -> Iterable[Record]:
+def _measure(
+    records: Iterable[Record], names: list[str], device: str, seed: int, sides: dict[str, Path | None], out: Output
+) -> tuple[Evaluation, dict[str, Any] | None]:
+    """Run the metrics; the result is None in all processes but the first."""
+    from cocosnet.checkpoint import resolve_device
+    from cocosnet.metrics import Evaluation
+    from cocosnet.metrics.shards import Shards
+
+    shards = Shards.join()
+    try:
+        evaluation = Evaluation(names, _own_device(str(resolve_device(device))), seed=seed, sides=sides, shards=shards)
+        with out.progress("pairs", len(records) if isinstance(records, list) else None) as advance:
+            result = evaluation.run(_counted(records, advance))
+    finally:
+        shards.leave()
+    statistics_only = len([path for path in sides.values() if path]) == 2
+    if result is not None and not statistics_only and not result["count"] and not result["failed"]:
+        raise DataError("there is nothing to measure: no record came in; check the command before this one in the pipe")
+    return evaluation, result
+
+
+def _own_device(device: str) -> str:
+    """Under torchrun each process takes the GPU of its number."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
+def _counted(records: Iterable[Record], advance: Any) -> Iterator[Record]:
     for record in records:
         yield record
         advance()
 
 
-def _sum_up(result: dict[str, Any], out: Output) -> None:
-    """Counts and the first reasons to stderr; exit 4 where a record could not be measured."""
+def _save_statistics(path: Path, evaluation: Evaluation) -> None:
+    from cocosnet.metrics.fid import save_statistics
+
+    able = [metric for metric in evaluation.metrics.values() if metric.from_statistics]
+    if len(able) != 1:
+        raise ConfigError("--save-stats writes the statistics of one metric; name fid or fd_vgg16 in --metrics")
+    save_statistics(path, able[0].sides["output"])
+
+
+def _write_pairs(
+    evaluation: Evaluation, result: dict[str, Any], scores: Path | None, report: Path | None, out: Output
+) -> None:
+    """The scores of each pair as records, and the page."""
+    if scores is not None:
+        from cocosnet.files import atomic_write
+
+        atomic_write(scores, "".join(f"{row.to_json()}\n" for row in evaluation.rows))
+        out.note(f"scores: {scores}")
+    if report is not None:
+        from cocosnet.viz.scores import write_scores_page
+
+        page = report / "index.html"
+        with out.progress("rows", len(evaluation.rows)) as advance:
+            write_scores_page(page, evaluation.rows, result, advance)
+        out.note(f"report: {page}")
+
+
+def _tell(result: dict[str, Any], out: Output) -> None:
+    """The values to stdout, what a reader should know to stderr; exit 4 where a record could not be measured."""
+    values = {name: entry["value"] for name, entry in result["metrics"].items()}
+    out.result(result if out.as_json else values)
+    if out.as_json:
+        _table(result, out)
+    for name, entry in result["metrics"].items():
+        if entry.get("note"):
+            out.note(f"{name}: {entry['note']}")
+    for message in result["warnings"]:
+        out.note(f"warning: {message}")
     for message in result["errors"]:
         out.error(message)
     out.note(f"{result['count']} pairs measured, {result['failed']} failed")
     if result["failed"]:
         raise typer.Exit(ExitCode.FAILED_ITEMS)
+
+
+def _table(result: dict[str, Any], out: Output) -> None:
+    """Names, values and seconds for a reader, where stdout has the JSON."""
+    width = max(map(len, result["metrics"]))
+    for name, entry in result["metrics"].items():
+        value = "none" if entry["value"] is None else f"{entry['value']:.6g}"
+        out.note(f"{name:<{width}}  {value:>12}  {entry['seconds']:9.1f} s")

@@ -118,10 +118,10 @@ def _write_head(page: TextIO, title: str, notes: Iterable[str], metrics: Mapping
     )
     page.writelines(f"<p>{html.escape(note)}</p>\n" for note in notes)
     if metrics:
-        page.writelines(_metrics_table(metrics))
+        page.writelines(metrics_table(metrics))
 
 
-def _metrics_table(result: Mapping[str, Any]) -> Iterator[str]:
+def metrics_table(result: Mapping[str, Any]) -> Iterator[str]:
     """The object of `evaluate` as a table."""
     yield "<table>\n<tr><th>metric</th><th>value</th><th>pairs</th><th>protocol</th></tr>\n"
     for name, entry in result["metrics"].items():

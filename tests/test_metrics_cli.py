@@ -1,0 +1,190 @@
+"""`cocosctl eval` as a user runs it: lists, statistics, scores, the page, several processes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from cli_tools import clean_environment, lines
+from metric_tools import accept, smooth_picture, write_random_vgg
+from PIL import Image
+
+from cocosctl.app import run as run_here
+from cocosnet import weights
+from cocosnet.data.records import Record
+from cocosnet.viz import scores
+from cocosnet.viz.scores import picture_side, write_scores_page
+
+# The registry's hashes are those of the real files; a process of its own takes random ones after this.
+START = """
+import dataclasses, hashlib, os, sys
+from pathlib import Path
+from cocosnet import weights
+for name, entry in list(weights.REGISTRY.items()):
+    path = Path(os.environ["COCOSCTL_WEIGHTS_DIR"], entry.filename)
+    if path.is_file():
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        weights.REGISTRY[name] = dataclasses.replace(entry, sha256=digest)
+from cocosctl.app import main
+sys.exit(main())
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Folders out, true and warp with seven pairs, one of another size, and a weights folder with a random VGG-16."""
+    folder = tmp_path_factory.mktemp("eval")
+    write_random_vgg(folder / "weights")
+    for index in range(7):
+        size = (64, 48) if index == 3 else (48, 48)
+        for seed, side in enumerate(("out", "true", "warp")):
+            (folder / side).mkdir(exist_ok=True)
+            smooth_picture(10 * seed + index, size).save(folder / side / f"p{index}.png")
+    (folder / "start.py").write_text(START)
+    return folder
+
+
+@pytest.fixture
+def evaluate(folder, monkeypatch, capsys):
+    """Run `cocosctl eval ARGUMENTS` in `folder`, in this process, as the command line does."""
+    accept(monkeypatch, "vgg16-caffe", folder / "weights" / weights.REGISTRY["vgg16-caffe"].filename)
+    monkeypatch.chdir(folder)
+
+    def call(*arguments):
+        capsys.readouterr()
+        code = run_here(["eval", *map(str, arguments)])
+        said = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=said.out, stderr=said.err)
+
+    return call
+
+
+def launched(folder, *arguments):
+    """`cocosctl eval ARGUMENTS` on two processes of their own under torchrun."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, str(folder / "start.py"), "eval", *map(str, arguments)]
+    environment = clean_environment(COCOSCTL_WEIGHTS_DIR=str(folder / "weights"), PYTHONWARNINGS="ignore")
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=folder)
+
+
+def values(done):
+    assert done.returncode == 0, done.stderr
+    return {name: entry["value"] for name, entry in json.loads(done.stdout)["metrics"].items()}
+
+
+NAMES = "psnr,ssim,swd,semantic,fd_vgg16"
+
+
+def test_two_processes_give_what_one_gives(folder, evaluate):
+    single = evaluate("--outputs", "out", "--targets", "true", "--metrics", NAMES, "--scores", "1.jsonl", "--json")
+    pair = launched(
+        folder, "--outputs", "out", "--targets", "true", "--metrics", NAMES, "--scores", "2.jsonl", "--json"
+    )
+    assert values(pair) == {name: pytest.approx(value, rel=1e-6) for name, value in values(single).items()}
+    first, second = ((folder / name).read_text() for name in ("1.jsonl", "2.jsonl"))
+    assert [row["id"] for row in lines(second)] == [f"p{index}" for index in range(7)]
+    for ours, theirs in zip(lines(first), lines(second)):
+        assert ours["scores"] == {name: pytest.approx(value, rel=1e-5) for name, value in theirs["scores"].items()}
+    result = json.loads(pair.stdout)
+    assert result["processes"] == 2 and result["count"] == 7
+    assert len(pair.stdout.splitlines()) == 1 and re.search(r"semantic +0\.\d+", pair.stderr)
+
+
+def test_lists_pair_line_by_line_and_say_where_they_end(folder, evaluate):
+    for side in ("out", "true"):
+        (folder / f"{side}.txt").write_text("".join(f"{side}/p{index}.png\n" for index in range(7)))
+    options = ("--metrics", "l1,warp_psnr", "--json")
+    (folder / "warp.txt").write_text("".join(f"warp/p{index}.png\n\n" for index in range(7)))
+    from_lists = evaluate("--outputs", "out.txt", "--targets", "true.txt", "--warps", "warp.txt", *options)
+    from_folders = evaluate("--outputs", "out", "--targets", "true", "--warps", "warp", *options)
+    assert values(from_lists) == values(from_folders)
+    (folder / "short.txt").write_text("true/p0.png\ntrue/p1.png\n")
+    short = evaluate("--outputs", "out.txt", "--targets", "short.txt", *options)
+    assert short.returncode == 3 and "short.txt has 2 pictures, out.txt has 7" in short.stderr
+    assert "p2.png" in short.stderr and len(short.stderr.splitlines()) == 1
+    mixed = evaluate("--outputs", "out.txt", "--targets", "true", *options)
+    assert mixed.returncode == 3 and "folders or lists, not both" in mixed.stderr
+
+
+def test_statistics_give_the_same_number_as_pictures(folder, evaluate):
+    saved = evaluate("--outputs", "true", "--metrics", "fd_vgg16", "--save-stats", "true.npz")
+    assert saved.returncode == 0, saved.stderr
+    with np.load(folder / "true.npz") as found:
+        assert found["mu"].shape == (512,) and found["sigma"].shape == (512, 512)
+    evaluate("--outputs", "out", "--metrics", "fd_vgg16", "--save-stats", "out.npz")
+    ways = [("out", "true"), ("out", "true.npz"), ("out.npz", "true.npz")]
+    found = [
+        values(evaluate("--outputs", first, "--targets", second, "--metrics", "fd_vgg16", "--json"))["fd_vgg16"]
+        for first, second in ways
+    ]
+    assert found[1:] == pytest.approx([found[0]] * 2, rel=1e-6)
+    wrong = evaluate("--outputs", "out", "--targets", "true.npz", "--metrics", "psnr")
+    assert wrong.returncode == 3 and "psnr needs the pictures" in wrong.stderr
+    (folder / "bad.npz").write_text("no")
+    bad = evaluate("--outputs", "out", "--targets", "bad.npz", "--metrics", "fd_vgg16")
+    assert bad.returncode == 3 and "not statistics in pytorch-fid's format" in bad.stderr
+
+
+def test_other_formats_of_the_same_pictures_are_warned_about(folder, evaluate):
+    (folder / "jpeg").mkdir()
+    for index in range(3):
+        Image.open(folder / f"true/p{index}.png").save(folder / f"jpeg/p{index}.jpg")
+    (folder / "three").mkdir()
+    for index in range(3):
+        Image.open(folder / f"true/p{index}.png").save(folder / f"three/p{index}.png")
+    done = evaluate("--outputs", "jpeg", "--targets", "three", "--metrics", "l1")
+    assert done.returncode == 0 and "warning: outputs are JPEG, targets are PNG" in done.stderr
+    same = evaluate("--outputs", "three", "--targets", "three", "--metrics", "l1,ssim,semantic", "--json")
+    assert values(same) == pytest.approx({"l1": 0, "ssim": 1, "semantic": 1}, abs=1e-6)
+    assert "warning" not in same.stderr
+
+
+def test_the_first_pairs_of_other_sizes_are_named(folder, evaluate):
+    (folder / "sizes").mkdir()
+    for index in range(7):
+        Image.open(folder / f"true/p{index}.png").resize((40, 40)).save(folder / f"sizes/p{index}.png")
+    done = evaluate("--outputs", "sizes", "--targets", "true", "--metrics", "psnr")
+    assert done.returncode == 4
+    assert "p0: psnr: pictures of a pair must agree in size, the output is 40x40, the target is 48x48" in done.stderr
+
+
+def page_data(path):
+    """The pairs inside a page."""
+    text = path.read_text(encoding="utf-8")
+    return text, [json.loads(line[11:-2]) for line in text.splitlines() if line.startswith("pairs.push(")]
+
+
+def test_the_page_holds_every_pair_and_needs_no_network(folder, evaluate, tmp_path):
+    hostile = '</script><b>"x" & \ud800\u2028'
+    records = [
+        {"id": hostile, "output": str(folder / "out/p0.png"), "target": str(folder / "true/p0.png")},
+        {"id": "gone", "output": str(folder / "none.png"), "target": str(folder / "true/p1.png")},
+        {"id": "good", "output": str(folder / "out/p2.png"), "target": str(folder / "true/p2.png")},
+    ]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    done = evaluate("-m", tmp_path / "records.jsonl", "--metrics", "psnr,l1", "--report", tmp_path / "page")
+    assert done.returncode == 4
+    text, pairs = page_data(tmp_path / "page/index.html")
+    assert [pair["id"] for pair in pairs] == [hostile, "gone", "good"]
+    assert set(pairs[2]["scores"]) == {"psnr", "l1"} and "no such file" in pairs[1]["error"]
+    assert [title for title, *_ in pairs[0]["pictures"]] == ["output", "target"]
+    assert pairs[0]["pictures"][0][1].startswith("data:image/webp;base64,")
+    assert text.count("</script>") == 1 and "http" not in text and not re.search(r'(src|href)="', text)
+    assert "psnr: mean over pairs" in text
+
+
+def test_ten_thousand_pairs_stay_a_page_that_opens(tmp_path, monkeypatch):
+    smooth_picture(1, (256, 256)).save(tmp_path / "a.png")
+    picture, result = str(tmp_path / "a.png"), {"metrics": {}, "count": 0, "failed": 0, "warnings": [], "weights": {}}
+    records = [Record(id=str(i), output=picture, target=picture, extra={"scores": {"l1": i}}) for i in range(40)]
+    monkeypatch.setattr(scores, "SIDES", ())  # pictures as in a page of 10,000 pairs
+    write_scores_page(tmp_path / "index.html", records, result)
+    size = (tmp_path / "index.html").stat().st_size * 250 * 2.5  # 10,000 pairs of five pictures instead of 40 of two
+    monkeypatch.undo()
+    assert picture_side(10_000) == scores.SMALLEST and picture_side(100) == 256
+    assert size < 150e6
