@@ -158,12 +158,21 @@ class TrainConfig:
     real_exemplars: float = 0.3  # probability of another picture as exemplar instead of a pseudo exemplar
     draw_exemplars: bool = True  # that picture is any of the set, drawn anew; off: the one that the manifest names
     adv_start: int = 0  # images before the adversarial loss sets in
+    level_warmup: int = 0  # images that each finer level is left out for longer than the one before; 0: all from the start
+    accumulate: int = 1  # parts that a process's share of a batch is worked off in, one after the other, to save memory
+    clip: float = 0.0  # largest norm of a gradient, of G's side and of D's each; 0 is no bound (paper, release: none)
+    checkpointing: bool = False  # compute activations of encoders and translator again in the backward pass: less memory
+    compile: bool = False  # torch.compile for encoders, translator and discriminator
     precision: str = "auto"  # convolutions: fp32, bf16, or auto (bf16 where the device is quick at it)
     workers: int = 2  # processes that load data
     seed: int = 1234
+    tensorboard: bool = False  # also log to RUN/tensorboard (needs the extra cocosctl[tensorboard])
     log_images: int = 500  # images between two lines of stats.jsonl
     sample_images: int = 10_000  # images between two sample grids
     save_images: int = 10_000  # images between two checkpoints
+    val_images: int = 10_000  # images between two validations on the held-out pairs; 0: none
+    val_pairs: int = 64  # held-out pairs that a validation looks at
+    val_metric: str = "swd"  # what decides which model is kept as best: swd, or fid (needs its weights; many pairs)
 
 
 @dataclass(frozen=True)
@@ -307,6 +316,7 @@ def _check(config: Config) -> None:
     _one_of("model.matching.backend", matching.backend, ("auto", "reference", "compiled"))
     _one_of("loss.perceptual", config.loss.perceptual, ("vgg19", "vgg16-caffe", "none"))
     _one_of("train.precision", config.train.precision, ("auto", "fp32", "bf16"))
+    _one_of("train.val_metric", config.train.val_metric, ("swd", "fid"))
     _require(
         len(encoder.widths) >= encoder.levels,
         f"model.encoder.widths must have at least levels={encoder.levels} entries, has {len(encoder.widths)}",
@@ -319,6 +329,10 @@ def _check(config: Config) -> None:
     _require(config.data.task != "mask" or config.data.classes > 0, "data.classes must be set for task mask")
     for name, value in _positive_values(config):
         _require(value > 0, f"{name} must be positive, is {value}")
+    for name in ("level_warmup", "clip", "val_images", "adv_start", "workers"):
+        value = getattr(config.train, name)
+        _require(value >= 0, f"train.{name} must not be negative, is {value}")
+    _require(0 <= config.train.real_exemplars <= 1, "train.real_exemplars is a probability, from 0 to 1")
 
 
 def _positive_values(config: Config) -> list[tuple[str, float]]:
@@ -330,6 +344,8 @@ def _positive_values(config: Config) -> list[tuple[str, float]]:
         ("model.matching.temperature", matching.temperature),
         ("model.matching.max_step", matching.max_step),
         ("train.batch", train.batch),
+        ("train.accumulate", train.accumulate),
+        ("train.val_pairs", train.val_pairs),
         ("train.images", train.images),
         ("train.lr_g", train.lr_g),
         ("train.lr_d", train.lr_d),

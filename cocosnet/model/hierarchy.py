@@ -101,17 +101,29 @@ class Hierarchy(nn.Module):
         self.projections = nn.ModuleList(Projection(width, config.channels) for width in widths)
         self.coarse = CoarseLevel(config)
         self.fine = nn.ModuleList(_fine_levels(len(widths) - 1, config))
+        self.depth = len(widths)  # levels that are matched; a finer one has its coarser one's matches, enlarged
 
     def forward(self, features_x: list[Tensor], features_y: list[Tensor], exemplar: Tensor) -> list[Level]:
         """Eq. 3. features_x, features_y: L maps each, coarse to fine; exemplar B,3,H,W at full resolution."""
         levels: list[Level] = []
         for index, (project, x, y) in enumerate(zip(self.projections, features_x, features_y)):
+            if index >= self.depth:
+                levels.append(_enlarged(levels[-1], x.shape[-2:]))
+                continue
             x, y = project(x), project(y)
             picture = downsample(exemplar, 2 ** (len(self.projections) - 1 - index))
             levels.append(
                 self.fine[index - 1](levels[-1].matches, x, y, picture) if index else self.coarse(x, y, picture)
             )
         return levels
+
+
+def _enlarged(level: Level, size: torch.Size) -> Level:
+    """A level as a finer one of h,w = `size` would have it without a search of its own."""
+    positions = upsample_positions(level.matches.positions.detach(), *size)
+    scores = F.interpolate(level.matches.scores, size=size, mode="nearest")
+    warp = F.interpolate(level.warps[-1], size=size, mode="bilinear", align_corners=False)
+    return Level(Matches(positions, scores), [warp])
 
 
 def _fine_levels(count: int, config: MatchingConfig) -> list[PatchMatchLevel]:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.checkpoint import checkpoint
 
 LEAK = 0.2  # slope of every LeakyReLU (release)
 
@@ -56,9 +57,15 @@ class SpadeBlock(nn.Module):
         self.norm_0, self.conv_0 = Spade(inputs, guide_channels, hidden), conv(inputs, middle, spectral=True)
         self.norm_1, self.conv_1 = Spade(middle, guide_channels, hidden), conv(middle, outputs, spectral=True)
         self.shortcut = conv(inputs, outputs, 1, bias=False, spectral=True) if inputs != outputs else nn.Identity()
+        self.recompute = False  # whether the backward pass computes the block again instead of keeping what is inside
 
     def forward(self, x: Tensor, guide: Tensor) -> Tensor:
         """x B,inputs,h,w; guide B,G,H,W. Returns B,outputs,h,w."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, guide, use_reentrant=False)
+        return self._forward(x, guide)
+
+    def _forward(self, x: Tensor, guide: Tensor) -> Tensor:
         y = self.conv_0(F.leaky_relu(self.norm_0(x, guide), LEAK))
         y = self.conv_1(F.leaky_relu(self.norm_1(y, guide), LEAK))
         return self.shortcut(x) + y

@@ -38,6 +38,12 @@ class Batch:
         """The same on `device`, pictures channels-last, which convolutions are quickest at."""
         return Batch(**{name: _place(value, device) for name, value in vars(self).items()})
 
+    def split(self, count: int) -> list[tuple[Batch, float]]:
+        """At most `count` parts, one after the other, each with its share of the samples."""
+        pieces = zip(*(value.chunk(count) for value in vars(self).values()), strict=True)
+        parts = [Batch(**dict(zip(vars(self), piece))) for piece in pieces]
+        return [(part, len(part.pseudo) / len(self.pseudo)) for part in parts]
+
     def pin_memory(self) -> Batch:
         """The same in memory that a GPU can fetch from on its own; the loader calls this."""
         return Batch(**{name: value.pin_memory() for name, value in vars(self).items()})

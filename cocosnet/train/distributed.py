@@ -7,8 +7,9 @@ who by the environment (RANK, WORLD_SIZE); without it there is one process and n
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,10 +28,17 @@ class Ranks:
 
     @classmethod
     def join(cls, device: torch.device, batch: int) -> Ranks:
-        """Take the place that the launcher gives. Raises ConfigError where `batch` cannot be shared evenly."""
+        """Take the place that the launcher gives; of several GPUs, the one that is this process's on its node.
+
+        Raises:
+            ConfigError: `batch` cannot be shared evenly.
+        """
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if batch % size:
             raise ConfigError(f"train.batch={batch} must be a multiple of the {size} processes")
+        device = own_device(device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         if size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return cls(rank, size, device)
@@ -44,22 +52,42 @@ class Ranks:
         """This rank's part of a batch: every size-th item."""
         return items[self.rank :: self.size]
 
-    def all(self, flag: bool) -> bool:
-        """Whether `flag` holds on every rank; all ranks must ask."""
-        return self._reduced(flag, dist.ReduceOp.MIN) if self.size > 1 else flag
-
     def any(self, flag: bool) -> bool:
         """Whether `flag` holds on some rank; all ranks must ask."""
-        return self._reduced(flag, dist.ReduceOp.MAX) if self.size > 1 else flag
+        return self.largest(int(flag)) > 0
+
+    def largest(self, value: int) -> int:
+        """The largest of the ranks' values; all ranks must ask."""
+        if self.size == 1:
+            return value
+        reduced = torch.tensor(value, device=self.device)
+        dist.all_reduce(reduced, dist.ReduceOp.MAX)
+        return int(reduced.item())
+
+    def mean(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The ranks' mean of each scalar, in one exchange; all ranks must ask, for the same names."""
+        if self.size == 1 or not values:
+            return dict(values)
+        stacked = torch.stack([value.double() for value in values.values()])
+        dist.all_reduce(stacked)
+        return dict(zip(values, (stacked / self.size).float(), strict=True))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in their order, on every rank; all ranks must ask."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace every gradient (a missing one counts as zero) by its mean over the ranks, in one exchange."""
-        if self.size == 1:
-            return
         parameters = list(parameters)
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        if self.size == 1:
+            return
         flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
         dist.all_reduce(flat)
         flat /= self.size
@@ -72,10 +100,12 @@ class Ranks:
             dist.barrier()
             dist.destroy_process_group()
 
-    def _reduced(self, flag: bool, how: dist.ReduceOp.RedOpType) -> bool:
-        value: Tensor = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(value, how)
-        return bool(value.item())
+
+def own_device(device: torch.device) -> torch.device:
+    """`cuda` without a number becomes the GPU that LOCAL_RANK names; anything else stays what it is."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return device
 
 
 ALONE = Ranks()  # one process

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from cocosnet.checkpoint import find_checkpoint, load_tensors
 from cocosnet.config import Config
 from cocosnet.losses.perceptual import Vgg, load_perceptual
 from cocosnet.model.build import Model, build_model
 from cocosnet.model.discriminator import Discriminator
+from cocosnet.model.layers import SpadeBlock
 from cocosnet.model.mapping import Mapping
 from cocosnet.train.distributed import ALONE, Ranks
 
@@ -77,7 +79,29 @@ def initial_model(config: Config, init: str = "") -> Model:
 
 
 def _placed(network: nn.Module, device: torch.device) -> nn.Module:
-    return network.to(device=device, memory_format=torch.channels_last).train()
+    network = network.to(device=device, memory_format=torch.channels_last).train()
+    for norm in spectral_norms(network):
+        norm.eval()  # see power_iteration
+    return network
+
+
+def spectral_norms(network: nn.Module) -> list[nn.Module]:
+    """The modules that divide a weight by its largest singular value, each with its estimate of that."""
+    found = [module.parametrizations["weight"] for module in network.modules() if parametrize.is_parametrized(module)]
+    return list(dict.fromkeys(found))
+
+
+@torch.no_grad()
+def power_iteration(network: nn.Module) -> None:
+    """Refine the estimates of the spectral norms once, as each step does before anything else.
+
+    Forward passes use them as they are. So a batch gives the same gradient at once, in parts, or shared among processes,
+    and a pass that is made again for its gradient gives the same numbers.
+    """
+    for norm in spectral_norms(network):
+        norm.train()
+        norm()
+        norm.eval()
 
 
 def pick_precision(precision: str, device: torch.device) -> torch.dtype:
@@ -92,3 +116,18 @@ def _quick_bf16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private, and absent from some versions
     return device.type == "cpu" and supported is not None and bool(supported())
+
+
+def speed_up(networks: Networks, *, checkpointing: bool = False, compiled: bool = False) -> None:
+    """Trade memory for time, or the time of the first steps for that of all others; no number changes but for rounding.
+
+    checkpointing: SPADE blocks of encoders and translator, which hold most activations, are computed again in the
+    backward pass. compiled: `torch.compile` of all but matching, whose engines are compiled already.
+    """
+    for module in networks.model.modules():
+        if isinstance(module, SpadeBlock):
+            module.recompute = checkpointing
+    if compiled:
+        parts = {name: part for name, part in networks.model.named_children() if name != "hierarchy"}
+        for part in [*parts.values(), networks.discriminator]:
+            part.compile()

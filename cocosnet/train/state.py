@@ -46,7 +46,7 @@ def newest_state(folder: Path, passed_over: Callable[[str], None]) -> dict[str, 
         try:
             return load_state(path)
         except CheckpointError as error:
-            passed_over(str(error))
+            passed_over(f"{error}; passed over")
     if paths:
         raise CheckpointError(f"{folder}: none of the {len(paths)} states can be read; remove the folder to start anew")
     return None
@@ -57,7 +57,7 @@ def load_state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the reader raise anything
-        raise CheckpointError(f"{path}: damaged, passed over ({' '.join(str(error).split())[:120]})") from error
+        raise CheckpointError(f"{path}: damaged or missing ({' '.join(str(error).split())[:120]})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: not a state of format {FORMAT}, passed over")
+        raise CheckpointError(f"{path}: not a state of format {FORMAT}")
     return state
