@@ -158,10 +158,14 @@ class TrainConfig:
     real_exemplars: float = 0.3  # probability of another picture as exemplar instead of a pseudo exemplar
     draw_exemplars: bool = True  # that picture is any of the set, drawn anew; off: the one that the manifest names
     adv_start: int = 0  # images before the adversarial loss sets in
-    level_warmup: int = 0  # images that each finer level is left out for longer than the one before; 0: all from the start
+    level_warmup: int = (
+        0  # images that each finer level is left out for longer than the one before; 0: all from the start
+    )
     accumulate: int = 1  # parts that a process's share of a batch is worked off in, one after the other, to save memory
     clip: float = 0.0  # largest norm of a gradient, of G's side and of D's each; 0 is no bound (paper, release: none)
-    checkpointing: bool = False  # compute activations of encoders and translator again in the backward pass: less memory
+    checkpointing: bool = (
+        False  # compute activations of encoders and translator again in the backward pass: less memory
+    )
     compile: bool = False  # torch.compile for encoders, translator and discriminator
     precision: str = "auto"  # convolutions: fp32, bf16, or auto (bf16 where the device is quick at it)
     workers: int = 2  # processes that load data

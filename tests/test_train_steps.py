@@ -6,20 +6,19 @@ import copy
 
 import pytest
 import torch
-from train_tools import prepared_folder, tiny
+from train_tools import prepared_folder, small_vgg, steps_by, tiny
 
 from cocosnet.config import load_config
 from cocosnet.data.dataset import PairDataset
 from cocosnet.errors import DataError
-from cocosnet.losses.perceptual import Vgg, VggShape, load_perceptual
+from cocosnet.losses.perceptual import load_perceptual
 from cocosnet.losses.total import loss_weights, total_loss
 from cocosnet.train.batches import StepBatches, make_sample, step_generator
 from cocosnet.train.ema import Ema
 from cocosnet.train.networks import build_networks, pick_precision
-from cocosnet.train.steps import discriminator_step, generator_losses, generator_step, warp_psnr
+from cocosnet.train.steps import Stepping, discriminator_step, generator_losses, generator_step, warp_psnr
 
 CPU = torch.device("cpu")
-SMALL_VGG = VggShape(counts=(2, 2, 2, 2, 2), widths=(8,) * 5, scale=(1.0,) * 3, shift=(0.0,) * 3)
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +29,7 @@ def pairs(tmp_path_factory):
 def perceptual(kind, request, monkeypatch):
     """A small random network, or a real one with the shared weights."""
     if kind == "random":
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return Vgg(SMALL_VGG)
+        return small_vgg()
     monkeypatch.setenv("COCOSCTL_WEIGHTS_DIR", str(request.getfixturevalue("shared") / "weights"))
     return load_perceptual(kind)
 
@@ -57,6 +54,74 @@ def test_the_whole_objective_reaches_every_parameter(pairs, request, monkeypatch
         for name, parameter in part.named_parameters():
             assert parameter.grad is not None and parameter.grad.isfinite().all(), name
             assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return prepared_folder(tmp_path_factory.mktemp("folder"))
+
+
+@pytest.fixture(scope="module")
+def at_once(folder):
+    return steps_by(folder)
+
+
+def agrees(made, wanted, tolerance):
+    for ours, theirs in zip(made["parts"], wanted["parts"], strict=True):
+        for name in theirs:
+            loose = 10 if name.endswith("grad_norm") else 1
+            assert ours[name] == pytest.approx(theirs[name], rel=loose * tolerance, abs=tolerance), name
+    assert max((made["weights"][n] - w).abs().max() for n, w in wanted["weights"].items()) < 10 * tolerance
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_batch_in_parts_makes_the_same_steps_as_at_once(folder, at_once, parts):
+    agrees(steps_by(folder, accumulate=parts), at_once, 1e-5)
+
+
+def test_computing_activations_again_changes_no_number(folder, at_once):
+    agrees(steps_by(folder, checkpointing=True), at_once, 1e-6)
+
+
+def test_bfloat16_stays_near_float32_and_keeps_matching_and_losses_in_float32(pairs, folder, at_once):
+    made = steps_by(folder, precision=torch.bfloat16, count=1)["parts"][0]
+    for name in ("align", "corr", "map", "sem", "feature", "contextual", "total"):
+        assert made[name] == pytest.approx(at_once["parts"][0][name], rel=0.05), name
+    networks = build_networks(tiny(), CPU, torch.bfloat16)
+    batch = StepBatches(pairs, tiny())[0].to(CPU)
+    with networks.autocast():
+        parts, out = generator_losses(networks, batch, tiny().loss, adversarial_on=True)
+        assert networks.model.translator.to_rgb(torch.zeros(1, 8, 4, 4)).dtype == torch.bfloat16
+    held = [value for match in out.matches for value in (match.positions, match.scores)]
+    for value in (*parts.values(), *held, *out.features_x, *out.warps, out.image):
+        assert value.dtype == torch.float32
+
+
+def test_clipping_bounds_the_step(pairs):
+    config = tiny()
+    batch, moved = StepBatches(pairs, config)[0].to(CPU), []
+    for clip in (0.0, 0.1):
+        networks = build_networks(config, CPU, torch.float32)
+        before = [p.detach().clone() for p in networks.generator_parameters()]
+        optimizer = torch.optim.SGD(networks.generator_parameters(), lr=1.0)
+        stepping = Stepping(clip=clip)
+        result = generator_step(networks, optimizer, batch, config.loss, adversarial_on=False, stepping=stepping)
+        steps = [(a - b).flatten() for a, b in zip(before, networks.generator_parameters(), strict=True)]
+        moved.append((torch.cat(steps).norm().item(), result.parts["grad_norm"].item()))
+    (free, norm), (bound, same) = moved
+    assert free == pytest.approx(norm, rel=1e-4) and norm == pytest.approx(same)
+    assert norm > 0.2 and bound == pytest.approx(0.1, rel=1e-3)
+
+
+def test_levels_enter_one_after_the_other(pairs):
+    """Before its turn a level has its coarser one's matches, enlarged; warps keep their sizes; a step can be made."""
+    networks, batch = build_networks(tiny(), CPU, torch.float32), StepBatches(pairs, tiny())[0].to(CPU)
+    networks.model.hierarchy.depth = 1
+    result = generator_step(networks, adam(networks.generator_parameters()), batch, tiny().loss, adversarial_on=False)
+    assert result.applied
+    out = networks.model(batch.condition, batch.exemplar)
+    assert [warp.shape[-1] for warp in out.warps] == [8, 16, 32]
+    assert torch.equal(out.matches[2].positions[..., ::4, ::4], 4 * out.matches[0].positions)
 
 
 def test_the_discriminator_learns_and_the_generator_step_leaves_it_alone(pairs):

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from cocosnet.config import Config, load_config
+from cocosnet.data.dataset import PairDataset
 from cocosnet.data.records import MANIFEST_NAME, Record, write_manifest
+from cocosnet.losses.perceptual import Vgg, VggShape
+from cocosnet.train.batches import StepBatches
+from cocosnet.train.distributed import Ranks
+from cocosnet.train.networks import Networks, build_networks, speed_up
+from cocosnet.train.steps import Stepping, discriminator_step, generator_step
 
 QUICK = ("train.images=8", "train.save_images=4", "train.sample_images=8", "train.log_images=2")
 
@@ -16,6 +24,45 @@ QUICK = ("train.images=8", "train.save_images=4", "train.sample_images=8", "trai
 def tiny(*overrides: str) -> Config:
     """The preset tiny-cpu for a run of four steps, with `section.key=value` changes."""
     return load_config("tiny-cpu", [*QUICK, *overrides])
+
+
+def small_vgg() -> Vgg:
+    """A perceptual network of the right shape with random weights, always the same."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Vgg(VggShape(counts=(2, 2, 2, 2, 2), widths=(8,) * 5, scale=(1.0,) * 3, shift=(0.0,) * 3))
+
+
+def steps_by(
+    folder: str | Path, accumulate: int = 1, count: int = 2, precision: torch.dtype = torch.float32, **speed: bool
+) -> dict[str, Any]:
+    """Steps of G and D on the whole objective, plain gradient descent, by as many processes as the launcher started.
+
+    Plain, because Adam divides by the gradient's size, which blows the rounding of tiny gradients up.
+    Returns each step's losses and measures, and the weights afterwards.
+    """
+    config = load_config("tiny-cpu", ["train.batch=4", "train.real_exemplars=0.5", "loss.perceptual=vgg16-caffe"])
+    ranks = Ranks.join(torch.device("cpu"), 4)
+    networks = build_networks(tiny(), torch.device("cpu"), precision, ranks=ranks)
+    networks.perceptual = small_vgg().to(precision)
+    speed_up(networks, **speed)
+    batches = StepBatches(PairDataset(folder, config, split="train"), config, ranks.share)
+    whole = StepBatches(batches.pairs, config)
+    mixed = [step for step in range(20) if 0 < whole[step].pseudo.sum() < 4 and whole[step].pseudo.sum() % 2]
+    parts = [_both(networks, batches[step], config, Stepping(accumulate)) for step in mixed[:count]]
+    named = [("g", networks.model), ("r", networks.mapping), ("d", networks.discriminator)]
+    weights = {f"{key}.{name}": p.detach() for key, network in named for name, p in network.named_parameters()}
+    ranks.leave()
+    return {"parts": parts, "weights": weights}
+
+
+def _both(networks: Networks, batch: Any, config: Config, stepping: Stepping) -> dict[str, float]:
+    optimizer = torch.optim.SGD(networks.generator_parameters(), lr=1e-4)
+    result = generator_step(networks, optimizer, batch, config.loss, adversarial_on=True, stepping=stepping)
+    optimizer = torch.optim.SGD(networks.discriminator.parameters(), lr=1e-4)
+    judged = discriminator_step(networks, optimizer, batch, result.image, stepping)
+    assert result.applied and judged.applied
+    return {name: value.item() for name, value in {**result.parts, **judged.parts}.items()}
 
 
 def prepared_folder(folder: Path, count: int = 7, held_out: int = 2) -> Path:

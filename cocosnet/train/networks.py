@@ -95,7 +95,7 @@ def spectral_norms(network: nn.Module) -> list[nn.Module]:
 def power_iteration(network: nn.Module) -> None:
     """Refine the estimates of the spectral norms once, as each step does before anything else.
 
-    Forward passes use them as they are. So a batch gives the same gradient at once, in parts, or shared among processes,
+    Forward passes use them as they are. So a batch has the same gradient at once, in parts, or shared among processes,
     and a pass that is made again for its gradient gives the same numbers.
     """
     for norm in spectral_norms(network):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cocosnet.errors import MissingDependency
 from cocosnet.files import atomic_write
 
 
@@ -38,6 +39,30 @@ class RunLog:
         if self.path.exists():
             kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _images(line) <= images]
             atomic_write(self.path, "".join(line + "\n" for line in kept))
+
+
+class TensorBoard:
+    """The same numbers, and the sample grids, for TensorBoard. Raises MissingDependency where it is not installed."""
+
+    def __init__(self, folder: Path):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise MissingDependency(
+                "train.tensorboard needs TensorBoard: pip install 'cocosctl[tensorboard]'"
+            ) from error
+        self._writer = SummaryWriter(str(folder))
+
+    def write(self, images: int, values: Mapping[str, float]) -> None:
+        """Add the numbers that are finite."""
+        for name, value in values.items():
+            if math.isfinite(value):
+                self._writer.add_scalar(name, value, images)
+        self._writer.flush()
+
+    def picture(self, images: int, grid: Tensor) -> None:
+        """Add a picture, 3,H,W in [-1, 1]."""
+        self._writer.add_image("samples", (grid.clamp(-1, 1) + 1) / 2, images)
 
 
 class Averages:

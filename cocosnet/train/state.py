@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cocosnet.errors import CheckpointError
 from cocosnet.files import atomic_path
@@ -61,3 +62,18 @@ def load_state(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a state of format {FORMAT}")
     return state
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """This process's own generators, of the CPU and of its GPU. The sampling of batches has no state: see `batches`."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_state(states: list[dict[str, Tensor]], rank: int, size: int, device: torch.device) -> None:
+    """Take up what `random_state` gave in `rank`; with another number of processes than then, nothing is taken up."""
+    if len(states) != size:
+        return
+    torch.set_rng_state(states[rank]["cpu"])
+    if device.type == "cuda" and "cuda" in states[rank]:
+        torch.cuda.set_rng_state(states[rank]["cuda"], device)

@@ -25,7 +25,7 @@ PERCEPTUAL_LAYERS = tuple(appearance.FEATURE_WEIGHTS)  # holds those of Eq. 15 a
 @dataclass
 class StepResult:
     """`image` B,3,S,S: the output for this process's share, cut off from the graph; `parts`: losses and measures
-    (detached scalars) of the whole batch by name, the same on every rank; `applied`: False where a number was not finite
+    (detached scalars) of the whole batch by name, alike on every rank; `applied`: False where a number was not finite
     and the weights were left as they were."""
 
     image: Tensor
@@ -54,7 +54,7 @@ def generator_step(
     adversarial_on: bool,
     stepping: Stepping = WHOLE,
 ) -> StepResult:
-    """Move M, N, G and R down Eq. 19. `parts`: losses, their `total`, `grad_norm`; `warp_psnr` where there is a warp."""
+    """Move M, N, G and R down Eq. 19. `parts`: losses, `total`, `grad_norm`; `warp_psnr` where there is a warp."""
     optimizer.zero_grad(set_to_none=True)
     power_iteration(networks.model)
     networks.discriminator.requires_grad_(False)
@@ -86,7 +86,7 @@ def discriminator_step(
     fake: Tensor,
     stepping: Stepping = WHOLE,
 ) -> StepResult:
-    """Move D down Eq. 17. `fake` B,3,S,S is the generator's output for this batch. `parts`: `disc`, `disc_grad_norm`."""
+    """Move D down Eq. 17. `fake` B,3,S,S: the generator's output for this batch. `parts`: `disc`, `disc_grad_norm`."""
     optimizer.zero_grad(set_to_none=True)
     power_iteration(networks.discriminator)
     sums: dict[str, Tensor] = {}
@@ -100,9 +100,7 @@ def discriminator_step(
         _add(sums, {"disc": loss}, weight)
     means = networks.ranks.mean(sums)
     parameters = list(networks.discriminator.parameters())
-    applied, means["disc_grad_norm"] = apply_step(
-        means["disc"], parameters, optimizer, networks.ranks, stepping.clip
-    )
+    applied, means["disc_grad_norm"] = apply_step(means["disc"], parameters, optimizer, networks.ranks, stepping.clip)
     return StepResult(fake, means, applied)
 
 

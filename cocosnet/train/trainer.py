@@ -1,12 +1,13 @@
 """The training run: a folder that says all about itself, and a loop that can be stopped and resumed at any step.
 
-RUN/config.yaml  stats.jsonl  model.safetensors  samples/IMAGES.jpg
+RUN/config.yaml  stats.jsonl  model.safetensors  best.safetensors  samples/IMAGES.jpg  stopped (see `Trainer.train`)
     checkpoints/state-IMAGES.pt  checkpoints/model-IMAGES.safetensors
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import signal
 import threading
@@ -27,13 +28,21 @@ from cocosnet.files import atomic_path, atomic_write
 from cocosnet.train.batches import Batch, StepBatches, make_sample, stack, step_generator
 from cocosnet.train.distributed import Ranks
 from cocosnet.train.ema import Ema
-from cocosnet.train.networks import build_networks, pick_precision
-from cocosnet.train.runlog import Averages, RunLog, memory_mib
+from cocosnet.train.networks import build_networks, pick_precision, speed_up
+from cocosnet.train.runlog import Averages, RunLog, TensorBoard, memory_mib
 from cocosnet.train.samples import sample_grid
-from cocosnet.train.state import has_state, newest_state, prune, save_state
-from cocosnet.train.steps import discriminator_step, generator_step
+from cocosnet.train.state import has_state, load_state, newest_state, prune, random_state, save_state, set_random_state
+from cocosnet.train.steps import Stepping, discriminator_step, generator_step
+from cocosnet.train.validation import validate
 
-MAY_CHANGE = ("train.images", "train.log_images", "train.sample_images", "train.save_images", "train.workers")
+MAY_CHANGE = tuple(
+    "train." + key
+    for key in (
+        *("images", "log_images", "sample_images", "save_images", "val_images", "tensorboard"),
+        *("workers", "accumulate", "checkpointing", "compile"),
+    )
+)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # each asks to save and stop
 SKIP_LIMIT = 20  # steps in a row whose numbers are not finite, before the run gives up
 SAMPLE_ROWS = 4
 _SAMPLE_STREAM = 2  # of random numbers, see batches.step_generator
@@ -44,14 +53,17 @@ class Trainer:
 
         Trainer(config, data_folder, run_folder, device="auto").train()
 
-    on_tick is called after every step with a dict: images, of, seconds (of this process), images_per_second, and the
-    last step's losses and measures as floats (those that have a value).
+    resume: "auto" goes on from the newest state of the run folder that can be read, and starts where there is none;
+    "never" refuses a folder that has one; anything else is the file of a state to go on from.
+    on_tick is called after every step with a dict: images, of, seconds (of this process), images_per_second,
+    seconds_left, lr_g, lr_d, memory_mib, data_wait (share of the time since the last log line that went by waiting for
+    data), and the last step's losses and measures as floats (those that have a value).
 
     Raises (here or in `train`):
         ConfigError: the run folder was made with another config. DataError: the data cannot be used.
         MissingWeights, MissingDependency: the perceptual network's weights, or the device, are not here.
         CheckpointError: there are states in the run folder but none can be read, or one does not fit.
-        Stopped: SIGINT or SIGTERM; the state was saved. CocosError: the numbers have ceased to be finite.
+        Stopped: SIGINT, SIGTERM or SIGUSR1; the state was saved. CocosError: the numbers have ceased to be finite.
     """
 
     def __init__(
@@ -61,9 +73,12 @@ class Trainer:
         run_folder: str | Path,
         device: str | torch.device = "auto",
         on_tick: Callable[[dict[str, Any]], None] | None = None,
+        resume: str | Path = "auto",
     ):
-        self.config, self.device, self.run = config, resolve_device(device), Path(run_folder)
-        self.ranks = Ranks.join(self.device, config.train.batch)
+        self.config, self.run, self.resume = config, Path(run_folder), str(resume)
+        self.ranks = Ranks.join(resolve_device(device), config.train.batch)
+        self.device = self.ranks.device
+        self.stepping = Stepping(config.train.accumulate, config.train.clip)
         self.on_tick = on_tick if on_tick and self.ranks.writes else lambda tick: None
         self.batches = StepBatches(PairDataset(data_folder, config, split="train"), config, self.ranks.share)
         self.held_out = PairDataset(data_folder, config, split="val")
@@ -75,20 +90,28 @@ class Trainer:
         self.optimizer_g = self._adam(self.networks.generator_parameters(), config.train.lr_g)
         self.optimizer_d = self._adam(list(self.networks.discriminator.parameters()), config.train.lr_d)
         self.ema = Ema(self.networks.model, config.train.ema_images)
+        speed_up(self.networks, checkpointing=config.train.checkpointing, compiled=config.train.compile)
         self.log, self.averages = RunLog(self.run / "stats.jsonl"), Averages()
+        self.board = TensorBoard(self.run / "tensorboard") if config.train.tensorboard and self.ranks.writes else None
         self.images, self.skipped, self.stop_signal = 0, 0, 0
+        self.best = math.inf  # the least `train.val_metric` so far
 
     def train(self) -> Path:
-        """Run to `train.images`. Returns the path of the averaged model, `RUN/model.safetensors`."""
+        """Run to `train.images`. Returns the path of the averaged model, `RUN/model.safetensors`.
+
+        A run that a signal stopped leaves the file RUN/stopped, for launchers that do not pass the exit code on.
+        """
         self.load()
-        self._logged = (self.images, time.monotonic())
+        self._logged, self._waited = (self.images, time.monotonic()), 0.0
         self._started = self._logged
         with self._signals():
-            for batch in self._loader():
+            for batch in self._timed(self._loader()):
                 self.train_step(batch)
                 self._report()
                 if self.ranks.any(bool(self.stop_signal)):
                     self.save()
+                    if self.ranks.writes:
+                        atomic_write(self.run / "stopped", f"at {self.images} images\n")
                     self.ranks.leave()
                     raise Stopped(f"{self.run}: stopped at {self.images} images; run the same command again to go on")
         self.save()
@@ -98,10 +121,18 @@ class Trainer:
     def train_step(self, batch: Batch) -> None:
         """One step of the generator and, once the adversarial loss has set in, one of the discriminator (Section 4)."""
         batch, adversarial_on = batch.to(self.device), self._adversarial_on()
-        result = generator_step(self.networks, self.optimizer_g, batch, self.config.loss, adversarial_on=adversarial_on)
+        self._warm_up()
+        result = generator_step(
+            self.networks,
+            self.optimizer_g,
+            batch,
+            self.config.loss,
+            adversarial_on=adversarial_on,
+            stepping=self.stepping,
+        )
         applied, parts = result.applied, result.parts
         if adversarial_on and applied:
-            judged = discriminator_step(self.networks, self.optimizer_d, batch, result.image)
+            judged = discriminator_step(self.networks, self.optimizer_d, batch, result.image, self.stepping)
             applied, parts = judged.applied, {**parts, **judged.parts}
         self.images += self.config.train.batch
         if result.applied:
@@ -112,11 +143,15 @@ class Trainer:
         self._last = parts
 
     def save(self) -> None:
-        """Write the state and the averaged model (rank 0; the states of all ranks are the same)."""
+        """Write the state and the averaged model. All ranks must call it; rank 0 writes.
+
+        The weights of all ranks are the same; their random states are gathered.
+        """
+        random = self.ranks.gather(random_state(self.device))
         if not self.ranks.writes:
             return
         folder = self.run / "checkpoints"
-        save_state(folder, self.images, self._state())
+        save_state(folder, self.images, {**self._state(), "random": random})
         path = folder / f"model-{self.images:09d}.safetensors"
         save_model(path, self.ema.settled(), {"cocosctl.images": str(self.images)})
         prune(folder, "model-*.safetensors")
@@ -124,14 +159,20 @@ class Trainer:
             shutil.copyfile(path, temporary)
 
     def load(self) -> None:
-        """Take up the newest state of the run folder; in a folder without one, start."""
+        """Take up a state as `resume` says, or start; all ranks must find the same one."""
         passed_over: list[str] = []
-        state = newest_state(self.run / "checkpoints", passed_over.append)
+        state = self._chosen_state(passed_over.append)
+        torch.manual_seed(self.config.train.seed + self.ranks.rank)
         if state is not None:
             self._check_same_run()
             self._restore(state)
+        if self.ranks.largest(self.images) != -self.ranks.largest(-self.images):
+            raise CheckpointError(
+                f"{self.run}: the processes found different states; is this folder shared by all nodes?"
+            )
         if not self.ranks.writes:
             return
+        (self.run / "stopped").unlink(missing_ok=True)
         self.log.rewind(self.images)
         for text in passed_over:
             self.log.note(self.images, text)
@@ -145,6 +186,50 @@ class Trainer:
         with self.networks.autocast():
             grid = sample_grid(self.ema.settled(), batch)
         save_image(to_image(grid), self.run / "samples" / f"{self.images:09d}.jpg")
+        if self.board:
+            self.board.picture(self.images, grid)
+
+    def validate(self) -> None:
+        """Measure the averaged model on the held-out pairs; the best one so far is kept as RUN/best.safetensors."""
+        model, train = self.ema.settled(), self.config.train
+        with self.networks.autocast():
+            values = validate(model, self.held_out, self.config, self.device)
+        self._log(values)
+        value = values[f"val_{train.val_metric}"]
+        if value < self.best:
+            self.best = value
+            metadata = {"cocosctl.images": str(self.images), f"cocosctl.val_{train.val_metric}": f"{value:.6g}"}
+            save_model(self.run / "best.safetensors", model, metadata)
+
+    def _chosen_state(self, passed_over: Callable[[str], None]) -> dict[str, Any] | None:
+        folder = self.run / "checkpoints"
+        if self.resume == "auto":
+            return newest_state(folder, passed_over)
+        if self.resume == "never":
+            if has_state(folder):
+                raise ConfigError(f"{self.run}: holds a run already; choose another folder, or resume it")
+            return None
+        state = load_state(Path(self.resume))
+        newer = [path for path in folder.glob("state-*.pt") if path.stem > f"state-{state['images']:09d}"]
+        if newer:
+            raise ConfigError(f"{newer[0]}: is newer than {self.resume}; go on from that one in a folder of its own")
+        return state
+
+    def _warm_up(self) -> None:
+        """Match one level more after every `train.level_warmup` images."""
+        warmup, model = self.config.train.level_warmup, self.networks.model
+        if warmup and hasattr(model, "hierarchy"):
+            model.hierarchy.depth = min(1 + self.images // warmup, len(model.hierarchy.projections))
+
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; counts the seconds spent waiting for them."""
+        while True:
+            since = time.monotonic()
+            batch = next(batches, None)
+            self._waited += time.monotonic() - since
+            if batch is None:
+                return
+            yield batch
 
     def _adam(self, parameters: list[torch.nn.Parameter], rate: float) -> torch.optim.Optimizer:
         betas = (self.config.train.beta1, self.config.train.beta2)
@@ -163,50 +248,62 @@ class Trainer:
                 batch_size=None,
                 sampler=steps,
                 num_workers=train.workers,
+                generator=torch.Generator(),  # or it would draw from the global one, differently after a resume
                 pin_memory=self.device.type == "cuda",
-                worker_init_fn=_ignore_interrupt,
+                worker_init_fn=_ignore_signals,
             )
         )
 
     def _report(self) -> None:
         """What is due after a step: log line, samples, checkpoint, and the caller's tick."""
         train = self.config.train
-        if self._due(train.log_images) and self.ranks.writes:
-            self._write_stats()
-        if self._due(train.sample_images) and self.ranks.writes:
+        if self.ranks.writes and self._due(train.log_images):
+            self._log(self._stats())
+        if self.ranks.writes and self._due(train.sample_images):
             self.sample()
+        if self.ranks.writes and train.val_images and self._due(train.val_images) and len(self.held_out):
+            self.validate()
         if self._due(train.save_images):
             self.save()
         self.on_tick(self._tick())
 
+    def _log(self, values: dict[str, float]) -> None:
+        self.log.write(self.images, values)
+        if self.board:
+            self.board.write(self.images, values)
+
     def _due(self, every: int) -> bool:
         return self.images // every > (self.images - self.config.train.batch) // every
 
-    def _write_stats(self) -> None:
-        train, (images, since) = self.config.train, self._logged
-        now = time.monotonic()
-        speed = (self.images - images) / max(now - since, 1e-9)
-        self.log.write(
-            self.images,
-            {
-                **self.averages.take(),
-                "lr_g": train.lr_g,
-                "lr_d": train.lr_d if self._adversarial_on() else 0.0,
-                "images_per_second": speed,
-                "seconds": now - self._started[1],
-                "memory_mib": memory_mib(self.device),
-            },
-        )
-        self._logged = (self.images, now)
+    def _stats(self) -> dict[str, float]:
+        """What has happened since the last log line."""
+        (images, since), now = self._logged, time.monotonic()
+        stats = {
+            **self.averages.take(),
+            **self._rates(),
+            "images_per_second": (self.images - images) / max(now - since, 1e-9),
+            "data_wait": self._waited / max(now - since, 1e-9),
+            "seconds": now - self._started[1],
+        }
+        self._logged, self._waited = (self.images, now), 0.0
+        return stats
+
+    def _rates(self) -> dict[str, float]:
+        train = self.config.train
+        lr_d = train.lr_d if self._adversarial_on() else 0.0
+        return {"lr_g": train.lr_g, "lr_d": lr_d, "memory_mib": memory_mib(self.device)}
 
     def _tick(self) -> dict[str, Any]:
-        images, since = self._started
-        seconds = time.monotonic() - since
+        (images, since), now = self._started, time.monotonic()
+        speed = (self.images - images) / max(now - since, 1e-9)
         return {
             "images": self.images,
             "of": self.config.train.images,
-            "seconds": seconds,
-            "images_per_second": (self.images - images) / max(seconds, 1e-9),
+            "seconds": now - since,
+            "images_per_second": speed,
+            "seconds_left": max(self.config.train.images - self.images, 0) / max(speed, 1e-9),
+            "data_wait": self._waited / max(now - self._logged[1], 1e-9),
+            **self._rates(),
             **{name: float(value) for name, value in self._last.items() if not torch.isnan(value)},
         }
 
@@ -217,6 +314,7 @@ class Trainer:
             self.log.note(self.images, "step skipped: a loss or a gradient is not finite")
         if self.skipped >= SKIP_LIMIT:
             self.save()
+            self.ranks.leave()
             raise CocosError(
                 f"{self.run}: {SKIP_LIMIT} steps in a row were not finite; start anew with lower "
                 "train.lr_g and train.lr_d, or with train.precision=fp32"
@@ -247,19 +345,27 @@ class Trainer:
         return {name: part for name, part in parts.items() if part is not None}
 
     def _state(self) -> dict[str, Any]:
-        return {"skipped": self.skipped, **{name: part.state_dict() for name, part in self._parts().items()}}
+        return {
+            "skipped": self.skipped,
+            "best": self.best,
+            **{name: part.state_dict() for name, part in self._parts().items()},
+        }
 
     def _restore(self, state: dict[str, Any]) -> None:
         try:
             for name, part in self._parts().items():
                 part.load_state_dict(state[name])
             self.images, self.skipped = state["images"], state["skipped"]
+            self.best = state.get("best", math.inf)  # states of before there was a validation have none
+            set_random_state(state.get("random", []), self.ranks.rank, self.ranks.size, self.device)
         except (KeyError, RuntimeError, ValueError) as error:
             text = " ".join(str(error).split())[:200]
             raise CheckpointError(f"{self.run}: its newest state does not fit these networks: {text}") from error
 
     def _check_same_run(self) -> None:
         path = self.run / "config.yaml"
+        if self.resume != "auto" and not path.exists():
+            return
         before, now = _flat(config_to_dict(load_config(path))), _flat(config_to_dict(self.config))
         for key in now:
             if before.get(key) != now[key] and key not in MAY_CHANGE:
@@ -270,14 +376,14 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Turn the first SIGINT or SIGTERM into a stop after the step at hand; a second one acts as it always does.
+        """Turn the first of SIGNALS into a stop after the step at hand; a second one acts as it always does.
 
         Under a launcher it does not: that may repeat what the processes were already told, and kills in the end.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.getsignal(number) for number in SIGNALS}
 
         def stop(number: int, frame: Any) -> None:
             self.stop_signal = number
@@ -293,10 +399,10 @@ class Trainer:
                 signal.signal(number, handler)
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """A terminal's Ctrl-C reaches the loading processes too; the trainer decides when they end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _ignore_signals(worker: int) -> None:
+    """A terminal's Ctrl-C and a scheduler's signal reach the loading processes too; the trainer decides their end."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from cocosnet.config import Config
 from cocosnet.data.dataset import PairDataset
-from cocosnet.data.images import to_image
 from cocosnet.metrics.registry import get_metric
 from cocosnet.model.build import Model
 from cocosnet.train.batches import Batch, make_sample, stack, step_generator
@@ -45,7 +44,7 @@ def validate(model: Model, pairs: PairDataset, config: Config, device: torch.dev
             unmoved.append(_errors(pseudo.exemplar, pseudo))
         if not real.pseudo.any():
             image = model(real.condition, real.exemplar, real.exemplar_condition).image.float()
-            metric.update(to_uint8(image), to_uint8(real.image))
+            metric.update(_pixels(image), _pixels(real.image))
             copies.append(copied(image, real.image, real.exemplar))
             heeds.append(_heed(model, real, image))
     warp, still = _mean(errors), _mean(unmoved)
@@ -116,6 +115,11 @@ def _errors(warp: Tensor, batch: Batch) -> Tensor:
 
 def _singly(batch: Batch) -> Iterator[tuple[int, tuple[Batch, float]]]:
     return enumerate(batch.split(len(batch.pseudo)))
+
+
+def _pixels(images: Tensor) -> Tensor:
+    """B,3,H,W in [-1, 1] as the uint8 that a file of it would hold."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
 def _mean(values: list[Tensor]) -> float:
