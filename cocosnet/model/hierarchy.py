@@ -16,7 +16,7 @@ from cocosnet.model.convgru import Refinement
 from cocosnet.model.exact import exact_top_k, exact_warp
 from cocosnet.model.matches import Matches
 from cocosnet.model.patchmatch import best_first, select_engine
-from cocosnet.model.warp import child_positions, downsample, soft_warp
+from cocosnet.model.warp import child_positions, downsample, soft_warp, upsample_positions
 
 
 @dataclass
