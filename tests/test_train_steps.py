@@ -67,11 +67,12 @@ def at_once(folder):
 
 
 def agrees(made, wanted, tolerance):
+    """Losses to `tolerance`; gradients less closely, since of two matches that tie within rounding either may win."""
     for ours, theirs in zip(made["parts"], wanted["parts"], strict=True):
         for name in theirs:
-            loose = 10 if name.endswith("grad_norm") else 1
-            assert ours[name] == pytest.approx(theirs[name], rel=loose * tolerance, abs=tolerance), name
-    assert max((made["weights"][n] - w).abs().max() for n, w in wanted["weights"].items()) < 10 * tolerance
+            bound = 1e-2 if name.endswith("grad_norm") else tolerance
+            assert ours[name] == pytest.approx(theirs[name], rel=bound, abs=bound), name
+    assert max((made["weights"][n] - w).abs().max() for n, w in wanted["weights"].items()) < 3e-4
 
 
 @pytest.mark.parametrize("parts", [2, 4])
