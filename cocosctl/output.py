@@ -62,13 +62,19 @@ class Output:
             yield lambda: None
             return
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn(task), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        rate = TextColumn("{task.fields[rate]}")
+        columns = (TextColumn(task), BarColumn(), MofNCompleteColumn(), rate, TextColumn("left"), TimeRemainingColumn())
         console = Console(stderr=True)
         with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=True) as bar:
-            item = bar.add_task(task, total=total)
-            yield lambda: bar.advance(item)
+            item = bar.add_task(task, total=total, rate="")
+
+            def advance() -> None:
+                bar.advance(item)
+                bar.update(item, rate=f"{bar.tasks[item].speed or 0:.1f}/s")
+
+            yield advance
 
 
 def say(text: str) -> None:

@@ -1,35 +1,55 @@
-"""`cocosctl prepare`: a folder of pictures -> a dataset of pairs."""
+"""`cocosctl prepare`: a folder of pictures -> a dataset of pairs; and what is wrong with one that is there."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
+import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
+import typer
 from typer import Argument, Option
 
 from cocosctl import options
+from cocosctl.exits import ExitCode
 from cocosctl.jobs import finish
 from cocosctl.output import Output
-from cocosnet.config import Config, load_config
-from cocosnet.data.records import Record
+from cocosnet.config import Config
+
+if TYPE_CHECKING:
+    from cocosnet.data.prepare import Preparation
+
+SHEET_NAME = "contact-sheet.jpg"
 
 
 def prepare(
-    source: Annotated[Path, Argument(metavar="SOURCE", show_default=False, help="A folder of pictures.")],
-    output: Annotated[Path, Option("--output", "-o", metavar="DIR", show_default=False, help="The prepared dataset.")],
-    task: Annotated[Literal["edge", "mask"] | None, Option("--task", help="What a condition is.")] = None,
+    source: Annotated[
+        Path, Argument(metavar="SOURCE", show_default=False, help="A folder of pictures; with --check a prepared one.")
+    ],
+    output: Annotated[
+        Path | None, Option("--output", "-o", metavar="DIR", show_default=False, help="The prepared dataset.")
+    ] = None,
+    recipe: Annotated[
+        str | None, Option("--recipe", metavar="NAME", help="A dataset's layout and options, such as ade20k.")
+    ] = None,
+    task: Annotated[Literal["edge", "mask", "pose"] | None, Option("--task", help="What a condition is.")] = None,
     size: options.Size = None,
     labels: Annotated[
         Path | None, Option("--labels", metavar="DIR", help="Ready-made conditions, named as the pictures.")
     ] = None,
-    edges: Annotated[
-        str | None, Option("--edges", metavar="NAME", help="Edge extractor: auto, hed, hed-small or image.")
+    extractor: Annotated[
+        str | None, Option("--extractor", "--edges", metavar="NAME", help="What finds edges or poses, such as hed.")
     ] = None,
+    pairs: Annotated[
+        str | None,
+        Option("--pairs", metavar="HOW", help="Exemplars: random, same-item, retrieval, or a list file."),
+    ] = None,
+    check: Annotated[
+        bool, Option("--check", help="Look for faults in a prepared folder and draw a sheet of it.")
+    ] = False,
     overrides: options.Set = None,
     device: options.Device = "auto",
     seed: options.Seed = None,
+    workers: options.Workers = None,
     limit: options.Limit = None,
     overwrite: options.Overwrite = False,
     dry_run: options.DryRun = False,
@@ -43,43 +63,90 @@ def prepare(
     DIR/manifest.jsonl; the exemplar of each is another picture of the folder. Running again goes on where it stopped.
     """
     out = Output(as_json, quiet, verbose)
-    config = _config(task, size, edges, overrides or [])
-    out.detail(f"{config.data}")
-    if dry_run:
-        records = _found(source, limit)
-    else:
-        from cocosnet.checkpoint import resolve_device
-        from cocosnet.data.prepare import prepare as prepare_folder
+    if check:
+        _check(source, output, limit, out)
+        return
+    if output is None:
+        raise typer.BadParameter("say where to write the prepared dataset", param_hint="--output")
+    config = _config(recipe, task, {"size": size}, pairs, overrides or [])
+    out.detail(f"{config.data} {config.prepare}")
 
-        records = prepare_folder(
-            source,
-            output,
-            config,
-            limit=limit,
-            overwrite=overwrite,
-            labels=labels,
-            seed=seed or 0,
-            device=str(resolve_device(device)),
-        )
-    done = []
-    with out.progress("pictures", limit) as advance:
-        for record in records:
-            out.record(record, role="target" if dry_run else "condition")
+    from cocosnet.checkpoint import resolve_device
+    from cocosnet.data.prepare import plan
+
+    preparation = plan(
+        source,
+        output,
+        config,
+        limit=limit,
+        overwrite=overwrite,
+        labels=labels,
+        extractor=extractor or "auto",
+        seed=seed or 0,
+        device=str(resolve_device(device)),
+        workers=workers or 0,
+    )
+    if dry_run:
+        _foretell(preparation, out)
+    else:
+        _run(preparation, out)
+
+
+def _config(
+    recipe: str | None, task: str | None, data: dict[str, object], pairs: str | None, overrides: list[str]
+) -> Config:
+    """The recipe or the defaults, with the flags applied; label classes may be left to `prepare` to count."""
+    from cocosnet.data.sources import build_config, load_recipe
+
+    flags = [f"data.{key}={value}" for key, value in data.items() if value is not None]
+    flags += [f"prepare.pairs={pairs}"] if pairs else []
+    if recipe is None:
+        return build_config({}, overrides + flags, task)
+    if task is not None:
+        raise typer.BadParameter("a recipe says the task itself", param_hint="--task")
+    return load_recipe(recipe, overrides + flags)
+
+
+def _run(preparation: Preparation, out: Output) -> None:
+    start, done = time.monotonic(), []
+    with out.progress("pictures", len(preparation)) as advance:
+        for record in preparation.run():
+            out.record(record, role="condition")
             done.append(record)
             advance()
-    finish(done, out)
+    if done:  # under torchrun the first process speaks for all
+        seconds = time.monotonic() - start
+        out.detail(f"{seconds:.1f} s, {len(done) / max(seconds, 1e-3):.1f} pictures a second")
+        finish(done, out)
 
 
-def _config(task: str | None, size: int | None, edges: str | None, overrides: list[str]) -> Config:
-    """The defaults with the flags applied. The task comes last, as classes may be left to `prepare` to count."""
-    named = {"size": size, "edges": edges}
-    config = load_config(None, overrides + [f"data.{key}={value}" for key, value in named.items() if value is not None])
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, task=task or config.data.task))
+def _foretell(preparation: Preparation, out: Output) -> None:
+    """What a run would do, and how much it would write."""
+    total, done = 0, []
+    for record, size in preparation.todo():
+        out.record(record, role="target")
+        done.append(record)
+        total += size
+    count = sum(record.status == "ok" for record in done)
+    out.note(f"would write about {total / 1e6:.1f} MB to {preparation.output}: {count} of {len(done)} pictures")
+    if any(record.failed for record in done):
+        raise typer.Exit(ExitCode.FAILED_ITEMS)
 
 
-def _found(source: Path, limit: int | None) -> Iterator[Record]:
-    """The pictures that would be prepared."""
-    from cocosnet.data.images import find_images
+def _check(folder: Path, output: Path | None, limit: int | None, out: Output) -> None:
+    """Faults as error records, the sheet's path, and exit 4 where there are faults."""
+    from cocosnet.data.check import draw_sheet, find_faults
+    from cocosnet.data.images import save_image
+    from cocosnet.data.records import read_manifest
 
-    for path in find_images(source)[:limit]:
-        yield Record(id=str(path.relative_to(source)), target=str(path), status="skipped")
+    records = read_manifest(folder)
+    faults = list(find_faults(folder))
+    for record in faults:
+        out.record(record)
+    sheet = output or folder / SHEET_NAME
+    save_image(draw_sheet(folder, limit or 24), sheet)
+    out.note(f"{len(records)} pairs, {len(faults)} faults; look at {sheet}")
+    if faults:
+        raise typer.Exit(ExitCode.FAILED_ITEMS)
+    if not out.as_json:
+        out.row({}, str(sheet))

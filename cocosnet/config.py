@@ -33,14 +33,45 @@ class DataConfig:
     size: int = 512  # px, shorter side of a prepared picture; training crops squares of this side
     classes: int = 0  # label classes of task mask; one further channel holds "unknown"
     edges: str = "auto"  # edge extractor: hed, hed-small, image (ready-made), or auto (hed where its weights are)
-    crop: str = "none"  # none keeps proportions, square cuts the centre, face cuts around landmarks
-    landmarks: str = ""  # JSON of 68 face points a picture, for crop: face
+    poses: str = "auto"  # pose extractor: mediapipe, rtmlib, controlnet, openpose (ready-made files), or auto
+    pose_maps: str = "limbs"  # limbs: drawn skeleton and 17 distance maps (release); heatmaps: a Gaussian a joint
+    crop: str = "none"  # none, square (the centre), face (around landmarks), align (and turned), pad (to a square)
+    landmarks: str = ""  # 68 face points a picture, for crop face and align and the edges of faces: JSON, or a detector
     val_fraction: float = 0.05  # share of pictures held out, by a stable hash of their names
 
     @property
     def condition_channels(self) -> int:
         """Channels of a condition tensor."""
-        return {"edge": 1, "mask": self.classes + 1, "pose": 20}[self.task]
+        pose = 18 if self.pose_maps == "heatmaps" else 20
+        return {"edge": 1, "mask": self.classes + 1, "pose": pose}[self.task]
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Where `prepare` finds photographs, conditions, splits and pairs. All paths are below SOURCE.
+
+    Patterns of labels: {parent} is the photograph's folder below its photos folder, {stem} its name without suffix,
+    {number} that as a number ({number:05d}), {block} the number over 2000, {part} a part of CelebAMask-HQ.
+    """
+
+    photos: tuple[str, ...] = ("photos", ".")  # the first of these folders that is there holds the photographs
+    suffix: str = ""  # only names that end so are photographs, where label maps lie beside them
+    labels: tuple[str, ...] = ("labels/{parent}/{stem}.*",)  # patterns of a photograph's ready-made condition
+    kind: str = "index"  # of label maps: index, colours, ade20k-full (its _seg.png), celeba-parts (a file a part)
+    palette: str = ""  # for kind colours: JSON list of [r, g, b] by class; found in the files where empty
+    only: tuple[str, ...] = ()  # list files; the first that is there names the photographs to take
+    any_class: tuple[int, ...] = ()  # take only photographs whose label map has one of these ...
+    no_class: tuple[int, ...] = ()  # ... and none of these
+    train_lists: tuple[str, ...] = ()  # list files; photographs in neither list are left out where both are there
+    val_lists: tuple[str, ...] = ()  # list files; without one, folders or data.val_fraction decide
+    val_folders: tuple[str, ...] = ()  # photographs below a folder of this name are held out, the others are not
+    pairs: str = "random"  # random, same-item, retrieval, or a list file of "picture,exemplar,.." lines
+    pair_lists: tuple[str, ...] = ()  # list files that go before `pairs`, where they are there
+    item: str = ""  # regular expression: photographs whose path gives the same match show the same item (else: folder)
+    exemplars: int = 5  # how many exemplars a record lists at most
+    features: str = "auto"  # network of retrieval: vgg19, vgg16-caffe, or auto
+    pose_canvas: int = 0  # px of the square that ready-made poses count in, after crop: pad; 0: those of the photograph
+    pad_value: int = 232  # grey of crop: pad (release)
 
 
 @dataclass(frozen=True)
@@ -188,6 +219,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     distortion: DistortionConfig = field(default_factory=DistortionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
 
 
 def preset_names() -> list[str]:
@@ -203,9 +235,14 @@ def load_config(source: str | Path | None = None, overrides: Iterable[str] = ())
             contradict each other.
     """
     tree = _read_yaml(source) if source is not None else {}
+    return config_from_dict(merge_overrides(tree, overrides))
+
+
+def merge_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """The tree with every `section.key=value` applied, in place. Raises ConfigError for a malformed one."""
     for override in overrides:
         _apply_override(tree, override)
-    return config_from_dict(tree)
+    return tree
 
 
 def config_from_dict(tree: Mapping[str, Any]) -> Config:
@@ -315,7 +352,10 @@ def _check(config: Config) -> None:
     encoder, matching, translator = config.model.encoder, config.model.matching, config.model.translator
     _one_of("data.task", config.data.task, TASKS)
     _one_of("model.kind", config.model.kind, KINDS)
-    _one_of("data.crop", config.data.crop, ("none", "square", "face"))
+    _one_of("data.crop", config.data.crop, ("none", "square", "face", "align", "pad"))
+    _one_of("data.pose_maps", config.data.pose_maps, ("limbs", "heatmaps"))
+    _one_of("prepare.kind", config.prepare.kind, ("index", "colours", "ade20k-full", "celeba-parts"))
+    _require(0 <= config.prepare.pad_value <= 255, "prepare.pad_value must be in 0..255")
     _one_of("model.matching.refinement", matching.refinement, ("gru", "conv", "none"))
     _one_of("model.matching.backend", matching.backend, ("auto", "reference", "compiled"))
     _one_of("loss.perceptual", config.loss.perceptual, ("vgg19", "vgg16-caffe", "none"))
@@ -343,6 +383,7 @@ def _positive_values(config: Config) -> list[tuple[str, float]]:
     matching, train = config.model.matching, config.train
     return [
         ("data.size", config.data.size),
+        ("prepare.exemplars", config.prepare.exemplars),
         ("model.encoder.levels", config.model.encoder.levels),
         ("model.matching.candidates", matching.candidates),
         ("model.matching.temperature", matching.temperature),

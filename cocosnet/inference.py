@@ -79,7 +79,9 @@ class Translator:
 
     @cached_property
     def extractor(self) -> Extractor:
-        """The edge extractor that the model was trained with."""
+        """The extractor of edges or poses that the model was trained with; for ready-made poses any."""
+        if self.data.task == "pose":
+            return get_extractor("auto" if self.data.poses == "openpose" else self.data.poses, self.device, "pose")
         return get_extractor(self.data.edges, self.device)
 
     @cached_property
@@ -153,12 +155,16 @@ class Translator:
 
     def _condition(self, path: str, raw: bool) -> tuple[Tensor, dict[str, Any]]:
         """The condition tensor 1,C,H,W of a file, and how it came about."""
-        if self.data.task == "edge" and (raw or _is_coloured(path, self._side)):
+        if raw and self.data.task == "mask":
+            raise DataError(f"{shown(path)}: --raw extracts edges and poses; give task mask its label map")
+        if raw or (self.data.task == "edge" and _is_coloured(path, self._side)):
             photo = load_rgb(path, self._side)
-            edges = self.extractor(photo, min(self._side, *photo.size) if self.size is None else self.size)
-            return condition_to_tensor(_large_enough(edges, path), self.data)[None], self.extractor.provenance
-        if raw:
-            raise DataError(f"{shown(path)}: --raw extracts edges only; give task {self.data.task} its condition file")
+            side = min(self._side, *photo.size) if self.size is None else self.size
+            try:
+                condition = self.extractor(photo, side)
+            except DataError as error:
+                raise DataError(f"{shown(path)}: {error}") from error
+            return condition_to_tensor(_large_enough(condition, path), self.data)[None], self.extractor.provenance
         image = self._sized(load_condition_image(path, self.data), path, condition_filter(self.data))
         return condition_to_tensor(image, self.data)[None], {"network": "file"}
 
@@ -167,7 +173,7 @@ class Translator:
         if record.exemplar_condition is not None:
             image = load_condition_image(record.exemplar_condition, self.data)
             return condition_to_tensor(image.resize(photo.size, condition_filter(self.data)), self.data)[None]
-        if self.data.task != "edge":
+        if self.data.task == "mask":
             raise DataError(f"record {record.id!r}: this model needs an exemplar_condition of task {self.data.task}")
         return condition_to_tensor(self.extractor(photo), self.data)[None]
 

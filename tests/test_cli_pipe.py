@@ -235,7 +235,7 @@ def test_what_a_user_gets_wrong_is_one_line(place, invoke, monkeypatch, conditio
         (["eval", "--outputs", "photos", "--targets", "absent", "--metrics", "psnr"], 3, "absent"),
         (["prepare", "absent", "-o", "x"], 3, "absent"),
         (["prepare", "photos", "-o", "x", "--set", "data.sise=3"], 3, "size"),
-        (["prepare", "photos", "-o", "x", "--edges", "canny"], 3, "canny"),
+        (["prepare", "photos", "-o", "x", "--edges", "sobel"], 3, "sobel"),
         (["train", "no-preset", "--data", "prep", "-o", "x"], 3, "no-preset"),
         (["train", "tiny-cpu", "--data", "absent", "-o", "x"], 3, "absent"),
     ],

@@ -92,7 +92,7 @@ def test_auto_is_hed_small_elsewhere() -> None:
     with pytest.raises(MissingWeights, match="hed"):
         get_extractor("hed")
     with pytest.raises(ConfigError, match="hed-small"):
-        get_extractor("canny")
+        get_extractor("sobel")
 
 
 def test_the_shipped_file_is_small_and_says_what_it_is() -> None:

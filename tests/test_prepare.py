@@ -20,8 +20,9 @@ from skimage.transform import resize as skimage_resize
 from cocosnet.config import Config, DataConfig
 from cocosnet.data.conditions import load_condition
 from cocosnet.data.crop import face_box, load_landmarks
-from cocosnet.data.prepare import make_ids, prepare, split_of
+from cocosnet.data.prepare import prepare
 from cocosnet.data.records import Record, read_manifest
+from cocosnet.data.sources import make_ids, split_of
 from cocosnet.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -224,7 +225,7 @@ def test_labels_that_do_not_fit_are_error_records(photos: Path, tmp_path: Path) 
     assert len(records) == 6 and not records[first.stem].failed
     assert "proportions" in records[second.stem].error
     assert "class index" in records[third.stem].error
-    assert sum("no condition picture" in (record.error or "") for record in records.values()) == 3
+    assert sum("no condition file" in (record.error or "") for record in records.values()) == 3
     with pytest.raises(DataError, match="no such folder"):
         run(photos, tmp_path / "out", config(task="mask", classes=3), labels=tmp_path / "absent")
 
@@ -245,8 +246,8 @@ def test_what_cannot_work_is_refused_at_once(photos: Path, tmp_path: Path) -> No
         run(tmp_path / "empty", tmp_path / "out")
     with pytest.raises(DataError, match="no such folder"):
         run(tmp_path / "absent", tmp_path / "out")
-    with pytest.raises(ConfigError, match="pose"):
-        run(photos, tmp_path / "out", config(task="pose"))
+    with pytest.raises(DataError, match="labels: no such folder"):
+        run(photos, tmp_path / "out", config(task="pose"), extractor="openpose")
     with pytest.raises(ConfigError, match="no edge extractor"):
         run(photos, tmp_path / "out", extractor="sobel")
     assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 edge   grey picture, white edges on black    1 channel, edge strength in [0,1]
 mask   PNG of class indices                  one channel a class (0 or 1), and a last one for every other index
+pose   OpenPose's JSON or candidate text     20 channels (drawn skeleton, distance to each limb) or 18 heat maps
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from PIL import Image
 
 from cocosnet.config import DataConfig
 from cocosnet.data.images import load_gray, load_labels
-from cocosnet.errors import ConfigError
+from cocosnet.data.pose import Pose, pose_channels, read_pose
 
 EXTENDED_UNKNOWN = 65535  # stored in place of indices that a 16-bit PNG cannot hold
 
@@ -27,7 +28,6 @@ def load_condition(path: str | Path, data: DataConfig, size: tuple[int, int] | N
 
     Raises:
         DataError: the file cannot be read, or is no label map where one is needed.
-        ConfigError: the task has no condition files.
     """
     image = load_condition_image(path, data)
     if size is not None and image.size != (size[1], size[0]):
@@ -35,19 +35,20 @@ def load_condition(path: str | Path, data: DataConfig, size: tuple[int, int] | N
     return condition_to_tensor(image, data)
 
 
-def load_condition_image(path: str | Path, data: DataConfig) -> Image.Image:
-    """The condition file as a picture: mode L for edges, L or I;16 of class indices. Raises as `load_condition`."""
-    if data.task == "edge":
-        return load_gray(path)
-    _require_mask(data)
-    return labels_to_image(load_labels(path))
+def load_condition_image(path: str | Path, data: DataConfig) -> Image.Image | Pose:
+    """The condition file as a picture: mode L for edges, L or I;16 of class indices, or a `Pose`, which can be resized
+    as a picture can. Raises as `load_condition`."""
+    if data.task == "pose":
+        return read_pose(path)
+    return load_gray(path) if data.task == "edge" else labels_to_image(load_labels(path))
 
 
-def condition_to_tensor(image: Image.Image, data: DataConfig) -> torch.Tensor:
-    """A condition picture, as `load_condition_image` or an extractor gives it, as C,H,W float32 in [0,1]."""
+def condition_to_tensor(image: Image.Image | Pose, data: DataConfig) -> torch.Tensor:
+    """A condition, as `load_condition_image` or an extractor gives it, as C,H,W float32 in [0,1]."""
+    if isinstance(image, Pose):
+        return pose_channels(image, data.pose_maps)
     if data.task == "edge":
         return torch.from_numpy(np.array(image.convert("L"))).float()[None] / 255
-    _require_mask(data)
     return one_hot(torch.from_numpy(np.asarray(image).astype(np.int64)), data.classes)
 
 
@@ -69,8 +70,3 @@ def labels_to_image(labels: np.ndarray) -> Image.Image:
         return Image.fromarray(labels.astype(np.uint8))
     labels = np.where((labels < 0) | (labels > EXTENDED_UNKNOWN), EXTENDED_UNKNOWN, labels)
     return Image.fromarray(labels.astype(np.uint16))
-
-
-def _require_mask(data: DataConfig) -> None:
-    if data.task != "mask":
-        raise ConfigError(f"data.task={data.task} has no condition files yet; use edge or mask")

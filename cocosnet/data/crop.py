@@ -1,4 +1,5 @@
-"""Which part of a picture is used: all of it, its central square, or the square around a face.
+"""Which part of a picture is used: all of it, its central square, the square around a face (upright or turned), or all
+of it on a square ground.
 
 Boxes are (left, top, right, bottom) in px of the upright picture. Landmarks are 68 points (x, y) a picture, numbered as
 by dlib and iBUG 300-W: 36-41 and 42-47 are the eyes, 48 and 54 the corners of the mouth.
@@ -11,11 +12,13 @@ import math
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from cocosnet.data.images import shown
 from cocosnet.errors import DataError
 
 Box = tuple[int, int, int, int]
+Corners = np.ndarray  # 4,2 px of the picture: upper left, upper right, lower right, lower left of the part that is used
 FACE_POINTS = 68
 FACE_SIDE = 4.0  # side of a face's square over its measure; FFHQ's and MetFaces' framing (median of MetFaces: 4.0)
 MOUTH_SHARE = 0.9  # a face's measure is its eyes' distance or this share of eyes to mouth, whichever is longer
@@ -47,6 +50,87 @@ def square_box(size: tuple[int, int]) -> Box:
     side = min(size)
     left, top = (size[0] - side) // 2, (size[1] - side) // 2
     return left, top, left + side, top + side
+
+
+def pad_box(size: tuple[int, int]) -> Box:
+    """The square that holds all of a picture of (width, height) in its middle; it reaches beyond the shorter sides."""
+    side = max(size)
+    left, top = -((side - size[0]) // 2), -((side - size[1]) // 2)
+    return left, top, left + side, top + side
+
+
+def face_corners(points: np.ndarray) -> Corners:
+    """The square around a face as FFHQ and MetFaces cut it: turned with the face, wherever it reaches.
+
+    Args:
+        points: 68,2 landmarks (x, y) in px.
+
+    Raises:
+        DataError: the points do not span a face.
+    """
+    left_eye, right_eye = points[36:42].mean(0), points[42:48].mean(0)
+    eyes, mouth = (left_eye + right_eye) / 2, (points[48] + points[54]) / 2
+    across, down = right_eye - left_eye, mouth - eyes
+    half = across - np.array([-down[1], down[0]])  # the two directions weigh as FFHQ weighs them
+    length = np.hypot(*half)
+    if length < 1e-6:
+        raise DataError("the landmarks do not span a face; mend them or leave this picture out")
+    half = half / length * max(np.hypot(*across), MOUTH_SHARE * np.hypot(*down)) * FACE_SIDE / 2
+    lower = np.array([-half[1], half[0]])
+    if np.hypot(*half) < 4:
+        raise DataError("the face is only a few px wide; leave this picture out")
+    centre = eyes + FACE_DROP * down
+    return np.stack([centre - half - lower, centre + half - lower, centre + half + lower, centre - half + lower])
+
+
+def box_corners(box: tuple[float, float, float, float]) -> Corners:
+    """An upright box as corners."""
+    left, top, right, bottom = box
+    return np.array([[left, top], [right, top], [right, bottom], [left, bottom]], dtype=np.float64)
+
+
+def cut(image: Image.Image, corners: Corners, side: int, resample: Image.Resampling) -> Image.Image:
+    """The square inside `corners` as a picture of `side` px; what lies outside of `image` is its reflection.
+
+    A square much larger than `side` is reduced first, so that nothing is skipped over.
+    """
+    wide = float(np.hypot(*(corners[1] - corners[0])))
+    if resample != Image.Resampling.NEAREST and wide > 2 * side:
+        factor = int(wide // side)
+        return cut(image.reduce(factor), corners / factor, side, resample)
+    reach = int(np.ceil(max(0, -corners.min(), *(corners.max(0) - image.size)))) + 2
+    reach = min(reach, 4 * max(image.size))
+    padded = Image.fromarray(_reflected(np.asarray(image), reach)) if reach > 2 else image
+    quad = corners[[0, 3, 2, 1]] + (reach if reach > 2 else 0)
+    return padded.transform((side, side), Image.Transform.QUAD, quad.ravel().tolist(), resample)
+
+
+def _reflected(pixels: np.ndarray, reach: int) -> np.ndarray:
+    return np.pad(pixels, [(reach, reach), (reach, reach), *[(0, 0)] * (pixels.ndim - 2)], mode="symmetric")
+
+
+def into_square(points: np.ndarray, corners: Corners, side: int) -> np.ndarray:
+    """Points ..,2 of the picture in px of the square of `side` px that `cut` makes of it."""
+    axes = np.stack([corners[1] - corners[0], corners[3] - corners[0]], axis=1) / side
+    return (points - corners[0]) @ np.linalg.inv(axes).T
+
+
+def undo_cut(square: Image.Image, original: Image.Image, corners: Corners) -> Image.Image:
+    """`original` with `square`, a picture that was cut out at `corners` and perhaps changed, put back in its place.
+
+    Args:
+        corners: as the record's crop.corners states them, px of `original` (upright).
+    """
+    inside = np.stack([corners[1] - corners[0], corners[3] - corners[0]], axis=1)
+    back = np.linalg.inv(inside) * np.array(square.size)[:, None]
+    shift = -back @ corners[0]
+    matrix = (back[0, 0], back[0, 1], shift[0], back[1, 0], back[1, 1], shift[1])
+    where = Image.new("L", square.size, 255)
+    placed, mask = (
+        image.transform(original.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
+        for image in (square, where)
+    )
+    return Image.composite(placed, original, mask)
 
 
 def face_box(size: tuple[int, int], points: np.ndarray) -> Box:

@@ -77,6 +77,8 @@ class PairDataset(Dataset):
         return to_tensor(Image.fromarray(self._pixels(path, record, "image")))
 
     def _condition(self, path: str | None, record: Record) -> torch.Tensor:
+        if self.data.task == "pose" and path is not None:  # a few numbers: drawn anew each time rather than kept
+            return condition_to_tensor(load_condition_image(path, self.data), self.data)
         return condition_to_tensor(Image.fromarray(self._pixels(path, record, "condition")), self.data)
 
     def _pixels(self, path: str | None, record: Record, kind: str) -> np.ndarray:

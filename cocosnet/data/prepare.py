@@ -1,10 +1,12 @@
 """A folder of photographs becomes a prepared folder: pictures, conditions, pairs.
 
     output/images/ID.png       the photograph, cropped, its shorter side of data.size px
-    output/conditions/ID.png   its edges or labels, same size
+    output/conditions/ID.png   its edges or labels, same size (ID.json: its pose)
     output/manifest.jsonl      one pair a picture: its condition, and another picture of the set as exemplar
+    output/errors.jsonl        the records of photographs that could not be used, where there are any
     output/dataset.json        what was done: task, size, classes, extractor, options
-    output/.stamps/ID.json     what an item was made of; an item whose stamp still holds is not made again
+    output/.stamps/ID.json     what an item was made of; what still holds is not made again
+    output/.features/ID.npy    feature vectors, for retrieval
 
 Every file is written whole or not at all, and a stamp only after its item, so the work may be killed at any time.
 """
@@ -13,47 +15,40 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
-import re
-import time
-from collections import Counter
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 from PIL import Image
+from torch.utils.data import DataLoader
 
-from cocosnet.config import Config, DataConfig
-from cocosnet.data.conditions import labels_to_image
-from cocosnet.data.crop import Box, face_box, load_landmarks, square_box
-from cocosnet.data.extractors import WORK_SIDE, Extractor, get_extractor
-from cocosnet.data.images import find_images, load_gray, load_labels, load_rgb, resize_shorter, save_image, shown
+from cocosnet.config import Config
+from cocosnet.data.extractors import READY_MADE, resolve_name
+from cocosnet.data.images import shown
+from cocosnet.data.labels import find_palette, read_palette
+from cocosnet.data.making import CONDITIONS, FEATURES, IMAGES, STAMPS, Made, Maker, load_vector, without_status
+from cocosnet.data.pairs import Choice, check_pairs, choose, random_round
 from cocosnet.data.records import MANIFEST_NAME, Record, write_manifest
-from cocosnet.errors import ConfigError, DataError
+from cocosnet.data.sources import find_items
+from cocosnet.errors import DataError
 from cocosnet.files import atomic_write
 
 SCHEMA = "cocosctl.dataset/1"
-DATASET_NAME = "dataset.json"
-IMAGES, CONDITIONS, STAMPS = "images", "conditions", ".stamps"
-LONGEST_ID = 80  # characters before the hash
-IGNORED_LABEL = 255  # index that label maps use for "no class"; it does not count when classes are counted
+DATASET_NAME, ERRORS_NAME = "dataset.json", "errors.jsonl"
+BYTES_A_PIXEL = {"image": 1.7, "edge": 0.45, "mask": 0.05}  # of the PNGs that we write, measured on photographs
+BYTES_A_POSE, BYTES_A_VECTOR, BYTES_A_STAMP = 900, 2200, 300
 
 
-@dataclass(frozen=True)
-class Item:
-    """One photograph to prepare."""
-
-    id: str
-    photo: Path
-    relative: str  # to the source folder, with /
-    label: Path | None = None  # label map or ready-made edges, where the task needs one
-    points: np.ndarray | None = None  # 68,2 landmarks
+def prepare(source: Path, output: Path, config: Config, **options: Any) -> Iterator[Record]:
+    """Prepare the photographs below `source` into `output`: `plan(...)` and its `run()` in one. Raises as they do."""
+    return plan(source, output, config, **options).run()
 
 
-def prepare(
+def plan(
     source: Path,
     output: Path,
     config: Config,
@@ -64,282 +59,235 @@ def prepare(
     extractor: str = "auto",
     seed: int = 0,
     device: str = "cpu",
-) -> Iterator[Record]:
-    """Prepare the photographs below `source` into `output`, yielding a record as each is done, in order of their names.
-
-    A record has absolute paths: condition, exemplar and exemplar_condition (another picture of the set, chosen by
-    `seed`, already prepared; absent where there is no other) and target (the photograph itself). Extra keys: source,
-    split and condition_source (the extractor's provenance). Status is ok, skipped (was up to date) or error; an error
-    stops nothing. The manifest (good pairs only) and dataset.json are written when the last record was taken.
+    workers: int = 0,
+) -> Preparation:
+    """What is to be done; nothing is written yet.
 
     Args:
-        source: folder of photographs; where it has a folder `photos`, that one.
+        source: folder of photographs, laid out as config.prepare says.
         limit: take only the first so many photographs.
         overwrite: make everything again.
-        labels: folder of label maps (task mask) or edge pictures (extractor image) with the photographs' names; by
-            default source/labels.
-        extractor: edge extractor; `auto` defers to config.data.edges.
+        labels: folder of conditions (label maps, edge pictures, pose files) with the photographs' names, instead of
+            config.prepare.labels.
+        extractor: of edges or poses; `auto` defers to config.data.edges or config.data.poses.
+        seed: of the random round of exemplars.
+        workers: further processes that make items; 0: this one does.
 
     Raises:
-        DataError: no photographs, no labels where they are needed, or another run is at work on `output`.
-        ConfigError: an unknown extractor, a task without support, or face crops without landmarks.
-        MissingWeights: the chosen extractor's weights are not here.
+        DataError: no photographs, no labels where they are needed, an unreadable list or palette.
+        ConfigError: an unknown extractor or way of pairing, or face crops without landmarks.
+        MissingWeights, MissingDependency: what the chosen extractor needs is not here.
     """
     source, output = Path(source).absolute(), Path(output).absolute()
-    name = extractor if extractor != "auto" else config.data.edges
-    maker = _condition_maker(config.data, name, device)
-    items = find_items(source, output, config.data, _label_folder(source, labels, config.data, maker))[:limit]
-    return _Preparation(items, output, config.data, maker, overwrite, seed).run()
+    labels = None if labels is None else Path(labels).absolute()
+    check_pairs(config.prepare)
+    name = _extractor_name(config, extractor, labels)
+    maker = Maker([], output, config, name, device, overwrite)
+    if not maker.ready_made:
+        maker.network(config.data.task)  # what is missing is said before anything is written
+    maker.items = find_items(source, output, config, labels, maker.ready_made)[:limit]
+    if config.data.task == "mask" and config.prepare.kind == "colours":
+        given = config.prepare.palette
+        maker.palette = (
+            read_palette(given) if given else find_palette([path for item in maker.items for path in item.labels])
+        )
+    return Preparation(source, maker, seed, workers)
 
 
-def find_items(source: Path, output: Path, data: DataConfig, labels: Path | None) -> list[Item]:
-    """The photographs below `source` with their ids, label maps and landmarks, sorted by name.
-
-    Raises:
-        DataError: no photographs, or unreadable landmarks.
-        ConfigError: data.crop is face but data.landmarks names no file.
-    """
-    if not source.is_dir():
-        raise DataError(f"{shown(source)}: no such folder; give the folder that holds the photographs")
-    root = source / "photos" if (source / "photos").is_dir() else source
-    photos = [
-        photo for photo in find_images(root, exclude=output) if labels in (None, root) or labels not in photo.parents
-    ]
-    if not photos:
-        raise DataError(f"{shown(source)}: holds no pictures; give a folder of PNG, JPEG or WebP files")
-    if data.crop == "face" and not data.landmarks:
-        raise ConfigError("data.crop=face needs data.landmarks, a JSON file of 68 points a picture")
-    points = load_landmarks(data.landmarks) if data.crop == "face" else {}
-    maps = {_stem(path, labels): path for path in find_images(labels)} if labels else {}
-    relatives = [photo.relative_to(root).as_posix() for photo in photos]
-    return [
-        Item(name, photo, relative, maps.get(_stem(photo, root)), points.get(relative, points.get(photo.name)))
-        for name, photo, relative in zip(make_ids(relatives), photos, relatives)
-    ]
-
-
-def make_ids(names: list[str]) -> list[str]:
-    """An id for each relative path: its stem, where that is plain and only one has it; else cleaned, plus a short hash.
-
-    Ids are unique, also where upper and lower case are one, and are safe as file names.
-    """
-    stems = [name.rpartition(".")[0] for name in names]
-    count = Counter(stem.lower() for stem in stems)
-    return [
-        stem if _is_plain(stem) and count[stem.lower()] == 1 else _hashed(stem, name)
-        for stem, name in zip(stems, names)
-    ]
-
-
-def _is_plain(stem: str) -> bool:
-    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", stem) is not None and len(stem) <= LONGEST_ID
-
-
-def _hashed(stem: str, name: str) -> str:
-    slug = re.sub(r"[^A-Za-z0-9._]+", "-", stem).strip("-.")[:LONGEST_ID] or "picture"
-    return f"{slug}-{_digest(name)[:8]}"
-
-
-def _digest(value: Any) -> str:
-    """Stable hash of a JSON-able value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def split_of(name: str, val_fraction: float) -> str:
-    """`val` for about `val_fraction` of all ids, else `train`; the id alone decides."""
-    return "val" if int(_digest(name)[:8], 16) / 2**32 < val_fraction else "train"
-
-
-def count_classes(labels: Path) -> int:
-    """Highest index of all label maps in a folder plus one; 255 ("no class") is left out. Raises DataError."""
-    highest = -1
-    for path in find_images(labels):
-        indices = load_labels(path)
-        highest = max(highest, int(indices[indices != IGNORED_LABEL].max(initial=-1)))
-    return highest + 1
-
-
-def _condition_maker(data: DataConfig, name: str, device: str) -> Extractor | None:
-    """The extractor of the task's conditions; None where they are label maps."""
-    if data.task == "mask":
+def _extractor_name(config: Config, name: str, labels: Path | None) -> str | None:
+    """The extractor's name; None where conditions are label maps."""
+    task = config.data.task
+    if task == "mask":
         return None
-    if data.task != "edge":
-        raise ConfigError(f"data.task={data.task} cannot be prepared yet; use edge or mask")
-    return get_extractor(name, device)
+    if name == "auto":
+        name = config.data.poses if task == "pose" else config.data.edges
+    if name == "auto" and task == "pose" and labels is not None:
+        return READY_MADE["pose"]
+    return resolve_name(name, task)
 
 
-def _label_folder(source: Path, labels: Path | None, data: DataConfig, maker: Extractor | None) -> Path | None:
-    """Where ready-made conditions lie, None where none are needed."""
-    if maker is not None and maker.name != "image":
-        return None
-    folder = Path(labels).absolute() if labels is not None else source / "labels"
-    if not folder.is_dir():
-        raise DataError(f"{shown(folder)}: no such folder; give the one with a condition picture for each photograph")
-    return folder
-
-
-def _stem(path: Path, root: Path) -> str:
-    return path.relative_to(root).with_suffix("").as_posix()
-
-
-class _Preparation:
+class Preparation:
     """One run over the items; what is made is remembered, because an item is its own target and another's exemplar."""
 
-    def __init__(
-        self, items: list[Item], output: Path, data: DataConfig, maker: Extractor | None, overwrite: bool, seed: int
-    ) -> None:
-        self.items, self.output, self.data, self.maker = items, output, data, maker
-        self.overwrite, self.seed = overwrite, seed
-        self.provenance = maker.provenance if maker else {"network": "none", "labels": "index maps"}
-        self.options = _digest([data.task, data.size, data.crop, self.provenance])
-        self.made: dict[int, Record] = {}
-        self.next = _cycle(len(items), seed)
+    def __init__(self, source: Path, maker: Maker, seed: int, workers: int) -> None:
+        self.source, self.maker, self.seed, self.workers = source, maker, seed, workers
+        self.items, self.output, self.config = maker.items, maker.output, maker.config
+        self.made: dict[int, Made] = {}
+        self.splits = [item.split for item in self.items]
+        self.round = random_round(self.splits, seed)
+
+    def __len__(self) -> int:
+        """Number of photographs."""
+        return len(self.items)
 
     def run(self) -> Iterator[Record]:
+        """Make what is not up to date, yielding a record a photograph in order of their names.
+
+        A record has absolute paths: condition, exemplar and exemplar_condition (another picture, already prepared;
+        absent where there is no other) and target (the photograph itself). Extra keys: source, split, condition_source,
+        crop (of a cut-out face) and exemplars (ids and cosine distances of the choices, best first). Status is ok,
+        skipped (was up to date) or error; an error stops nothing. Where pairs are random, a record comes as soon as it
+        is made; otherwise when all are. The manifest and dataset.json are written when the last record was taken.
+
+        Started by torchrun, each process makes its share and the first one yields the records.
+
+        Raises:
+            DataError: another run is at work on the folder, or it cannot be written.
+        """
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            yield from self._run_shared()
+            return
         with _only_one(self.output):
             _remove_leftovers(self.output)
-            records = []
-            for index in range(len(self.items)):
-                records.append(self._pair(index))
-                yield records[-1]
-            self._write_summary([record for record in records if not record.failed])
+            yield from self._finish(self._make(self._order()))
 
-    def _pair(self, index: int) -> Record:
-        """The item's record, with the first good picture after it in the cycle as exemplar."""
-        record, other = self._item(index), self.next[index]
-        while not record.failed and other != index:
-            exemplar = self._item(other)
-            if not exemplar.failed:
-                return dataclasses.replace(record, exemplar=exemplar.target, exemplar_condition=exemplar.condition)
-            other = self.next[other]
+    def todo(self) -> Iterator[tuple[Record, int]]:
+        """A record a photograph (status ok: would be made; skipped: up to date; error) and the bytes that it takes."""
+        for item in self.items:
+            record = Record(item.id, target=str(item.photo), extra={"source": shown(item.relative)})
+            try:
+                _, _, parts = self.maker.stale(item)
+                yield dataclasses.replace(record, status="ok" if parts else "skipped"), self._bytes(item.photo, parts)
+            except DataError as error:
+                yield record.failure(str(error)), 0
+
+    def _bytes(self, photo: Path, parts: list[str]) -> int:
+        try:
+            with Image.open(photo) as image:
+                size = image.size if self.config.data.crop == "none" else (1, 1)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DataError(f"{shown(photo)}: cannot read this picture ({error})") from error
+        pixels = self.config.data.size**2 * max(size) / max(1, min(size))
+        task = self.config.data.task
+        condition = BYTES_A_POSE if task == "pose" else BYTES_A_PIXEL[task] * pixels
+        sizes = {"image": BYTES_A_PIXEL["image"] * pixels, "condition": condition, "feature": BYTES_A_VECTOR}
+        return round(sum(sizes[part] for part in parts) + (BYTES_A_STAMP if parts else 0))
+
+    def _run_shared(self) -> Iterator[Record]:
+        """As one of several processes: rank 0 holds the folder, all make, rank 0 pairs and yields."""
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        with _only_one(self.output) if rank == 0 else contextlib.nullcontext():
+            if rank == 0:
+                _remove_leftovers(self.output)
+            dist.barrier()
+            mine = list(self._make(list(range(len(self.items)))[rank::ranks]))
+            everything: list[Any] = [None] * ranks
+            dist.all_gather_object(everything, mine)
+            dist.destroy_process_group()
+            if rank == 0:
+                yield from self._finish(made for share in everything for made in share)
+
+    def _order(self) -> list[int]:
+        """Positions in the order in which they are needed: each picture and then its exemplar."""
+        return list(dict.fromkeys(index for first in range(len(self.items)) for index in (first, self.round[first])))
+
+    def _make(self, order: list[int]) -> Iterator[Made]:
+        """Make the items at these positions, in this order."""
+        if self.workers == 0 or len(order) < 2:
+            return (self.maker[index] for index in order)
+        loader = DataLoader(
+            self.maker,
+            batch_size=None,
+            sampler=order,
+            num_workers=min(self.workers, len(order)),
+            collate_fn=_as_it_is,
+            multiprocessing_context="spawn",  # a copy of a process with threads and networks may hang
+        )
+        return iter(loader)
+
+    def _finish(self, making: Iterator[Made]) -> Iterator[Record]:
+        records = []
+        choices = self._choices(making)
+        for index in range(len(self.items)):
+            records.append(self._pair(index, choices[index], making))
+            yield records[-1]
+        self._write_summary(records)
+
+    def _choices(self, making: Iterator[Made]) -> list[list[Choice]]:
+        """Who may be whose exemplar. Retrieval needs everything made first."""
+
+        def features() -> dict[int, np.ndarray]:
+            self._take(making, None)
+            good = [index for index, made in self.made.items() if not made.record.failed]
+            return {index: load_vector(self.output / FEATURES / f"{self.items[index].id}.npy") for index in good}
+
+        return choose(self.items, self.config.prepare, self.source, features)
+
+    def _take(self, making: Iterator[Made], wanted: int | None) -> None:
+        """Take what is made until `wanted` is (None: all)."""
+        while wanted is None or wanted not in self.made:
+            made = next(making, None)
+            if made is None:
+                return
+            self.made[made.index] = made
+
+    def _item(self, index: int, making: Iterator[Made]) -> Record:
+        self._take(making, index)
+        return self.made[index].record
+
+    def _pair(self, index: int, choices: list[Choice], making: Iterator[Made]) -> Record:
+        """The item's record, with the first good choice as exemplar, else the next good picture of the round."""
+        record = self._item(index, making)
+        if record.failed:
+            return record
+        good = [choice for choice in choices if not self._item(choice.index, making).failed]
+        good = good[: self.config.prepare.exemplars]
+        if good:
+            listed = [{"id": self.items[c.index].id, "distance": c.distance} for c in good]
+            record = dataclasses.replace(record, extra=record.extra | {"exemplars": listed})
+            return _with_exemplar(record, self._item(good[0].index, making))
+        other = self.round[index]
+        seen = {index}
+        while other not in seen:
+            if not self._item(other, making).failed:
+                return _with_exemplar(record, self._item(other, making))
+            seen.add(other)
+            other = self.round[other]
         return record
 
-    def _item(self, index: int) -> Record:
-        if index not in self.made:
-            self.made[index] = self._make_or_skip(self.items[index])
-        return self.made[index]
-
-    def _make_or_skip(self, item: Item) -> Record:
-        start = time.monotonic()
-        extra = {
-            "source": shown(item.relative),
-            "split": split_of(item.id, self.data.val_fraction),
-            "condition_source": self.provenance,
-        }
-        target, condition = (self.output / kind / f"{item.id}.png" for kind in (IMAGES, CONDITIONS))
-        stamp_path = self.output / STAMPS / f"{item.id}.json"
-        try:
-            stamp = self._stamp(item)
-            fresh = not self.overwrite and target.is_file() and condition.is_file() and _read(stamp_path) == stamp
-            if not fresh:
-                stamp_path.unlink(missing_ok=True)
-                self._make(item, target, condition)
-                atomic_write(stamp_path, stamp)
-        except DataError as error:
-            message = str(error) if shown(item.photo) in str(error) else f"{shown(item.photo)}: {error}"
-            return Record(item.id, status="error", error=message, seconds=_since(start), extra=extra)
-        return Record(
-            item.id,
-            condition=str(condition),
-            target=str(target),
-            status="skipped" if fresh else "ok",
-            seconds=_since(start),
-            extra=extra,
-        )
-
-    def _stamp(self, item: Item) -> str:
-        """All that decides an item's pictures, as JSON text."""
-        files = [_file_state(path) for path in (item.photo, item.label) if path is not None]
-        points = None if item.points is None else item.points.tolist()
-        return json.dumps({"options": self.options, "source": item.relative, "files": files, "points": _digest(points)})
-
-    def _make(self, item: Item, target: Path, condition: Path) -> None:
-        seen = max(self.data.size, WORK_SIDE)
-        image = load_rgb(item.photo, shorter=seen if self.data.crop != "face" else None)
-        box = self._box(item, image.size)
-        cut = image.crop(box) if box else image
-        picture = resize_shorter(cut, self.data.size)
-        save_image(self._condition(item, cut, image.size, box, picture.size), condition)
-        save_image(picture, target)
-
-    def _box(self, item: Item, size: tuple[int, int]) -> Box | None:
-        if self.data.crop == "face":
-            if item.points is None:
-                raise DataError(f"has no landmarks in {shown(self.data.landmarks)}; add them or use another data.crop")
-            return face_box(size, item.points)
-        return square_box(size) if self.data.crop == "square" else None
-
-    def _condition(
-        self, item: Item, cut: Image.Image, full: tuple[int, int], box: Box | None, size: tuple[int, int]
-    ) -> Image.Image:
-        if self.maker is not None and self.maker.name != "image":
-            return self.maker(cut, self.data.size)
-        if item.label is None:
-            raise DataError("no condition picture has this name in the labels folder; add it or remove the photograph")
-        image = labels_to_image(load_labels(item.label)) if self.data.task == "mask" else load_gray(item.label)
-        resample = Image.Resampling.NEAREST if self.data.task == "mask" else Image.Resampling.BILINEAR
-        if abs(image.width * full[1] / (image.height * full[0]) - 1) > 0.02:
-            raise DataError(
-                f"is {full[0]}x{full[1]} px but {shown(item.label)} is {image.width}x{image.height}; "
-                "they must have the same proportions"
-            )
-        return image.resize(size, resample, box=_scaled(box, full, image.size))
-
     def _write_summary(self, records: list[Record]) -> None:
-        """Manifest and dataset.json tell of the folder, not of this run: no status but ok, no seconds."""
-        classes = self.data.classes
-        if self.data.task == "mask" and not classes:
-            classes = count_classes(self.output / CONDITIONS)
-        write_manifest(
-            self.output / MANIFEST_NAME, [dataclasses.replace(record, status="ok", seconds=None) for record in records]
-        )
+        """The manifest, the failures, and dataset.json: they tell of the folder, not of this run."""
+        data, good = self.config.data, [record for record in records if not record.failed]
+        failed = [dataclasses.replace(record, seconds=None) for record in records if record.failed]
+        classes = data.classes
+        if data.task == "mask" and not classes:
+            palette = self.maker.palette
+            tops = [made.top for made in self.made.values()]
+            classes = max(tops, default=-1) + 1 if palette is None else len(palette)
+        write_manifest(self.output / MANIFEST_NAME, [without_status(record) for record in good])
+        if failed:
+            write_manifest(self.output / ERRORS_NAME, failed)
+        else:
+            (self.output / ERRORS_NAME).unlink(missing_ok=True)
         summary = {
             "schema": SCHEMA,
-            "task": self.data.task,
-            "size": self.data.size,
+            "task": data.task,
+            "size": data.size,
             "classes": classes,
-            "pictures": len(records),
-            "condition_source": self.provenance,
-            "crop": self.data.crop,
-            "val_fraction": self.data.val_fraction,
+            "pictures": len(good),
+            "failed": len(failed),
+            "held_out": sum(record.extra.get("split") == "val" for record in good),
+            "condition_source": self.maker.provenance,
+            "crop": data.crop,
+            "val_fraction": data.val_fraction,
+            "pairs": Path(self.config.prepare.pairs).name,
             "seed": self.seed,
         }
+        if data.task == "pose":
+            summary["pose_maps"] = data.pose_maps
+        if self.maker.palette is not None:
+            summary["palette_rgb"] = self.maker.palette.tolist()
         atomic_write(self.output / DATASET_NAME, json.dumps(summary, indent=1) + "\n")
 
 
-def _scaled(box: Box | None, full: tuple[int, int], size: tuple[int, int]) -> tuple[float, ...] | None:
-    """A box of a picture of size `full` in px of a picture of size `size`."""
-    if box is None:
-        return None
-    across, down = size[0] / full[0], size[1] / full[1]
-    return box[0] * across, box[1] * down, min(box[2] * across, size[0]), min(box[3] * down, size[1])
+def _as_it_is(made: Made) -> Made:
+    return made
 
 
-def _cycle(count: int, seed: int) -> list[int]:
-    """For each of `count` pictures another one, along one closed round through all (a picture alone gets itself)."""
-    order = np.random.default_rng(seed).permutation(count)
-    following = np.empty(count, dtype=int)
-    following[order] = np.roll(order, -1)
-    return following.tolist()
-
-
-def _file_state(path: Path) -> list[int]:
-    try:
-        state = path.stat()
-    except OSError as error:
-        raise DataError(f"{shown(path)}: cannot read this file: {error.strerror}; check its permissions") from error
-    return [state.st_size, state.st_mtime_ns]
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
-def _since(start: float) -> float:
-    return round(time.monotonic() - start, 4)
+def _with_exemplar(record: Record, exemplar: Record) -> Record:
+    return dataclasses.replace(record, exemplar=exemplar.target, exemplar_condition=exemplar.condition)
 
 
 @contextlib.contextmanager
@@ -365,6 +313,6 @@ def _only_one(output: Path) -> Iterator[None]:
 
 def _remove_leftovers(output: Path) -> None:
     """Temporary files of a run that was killed."""
-    for folder in (output, *(output / name for name in (IMAGES, CONDITIONS, STAMPS))):
+    for folder in (output, *(output / name for name in (IMAGES, CONDITIONS, STAMPS, FEATURES))):
         for path in folder.glob(".tmp-*"):
             path.unlink(missing_ok=True)

@@ -1,0 +1,116 @@
+"""Pose extractors: packages that find people's joints, brought to the 18 joints of `cocosnet.data.pose`.
+
+Each is an optional package, imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cocosnet.data.extractors import PoseExtractor, require, sha256_of
+from cocosnet.data.pose import FROM_COCO_17, FROM_MEDIAPIPE, JOINTS, reorder
+from cocosnet.errors import DataError, MissingWeights
+from cocosnet.weights import search_folders
+
+VISIBLE = 0.5  # MediaPipe's visibility below which a joint is guessed rather than seen
+SCORED = 0.3  # RTMPose's score below which its authors do not draw a joint
+CONTROLNET_FILE = "body_pose_model.pth"
+
+
+def openpose_files(device: torch.device) -> PoseExtractor:
+    """Stands for ready-made pose files: it says where they come from, but cannot look at a picture."""
+
+    def refuse(pixels: np.ndarray) -> np.ndarray:
+        raise DataError("ready-made poses are files, one a picture; name their folder with --labels")
+
+    return PoseExtractor("openpose", refuse, {"network": "openpose files"})
+
+
+def mediapipe(device: torch.device) -> PoseExtractor:
+    """MediaPipe's BlazePose (full model), the most prominent person, on the CPU. Raises MissingDependency."""
+    pose = require("mediapipe.python.solutions.pose", "cocosctl[pose]")
+    network = pose.Pose(static_image_mode=True, model_complexity=1, min_detection_confidence=0.3)
+
+    def detect(pixels: np.ndarray) -> np.ndarray:
+        found = network.process(np.ascontiguousarray(pixels)).pose_landmarks
+        if found is None:
+            return np.zeros((0, JOINTS, 3), np.float32)
+        return from_mediapipe(found.landmark, pixels.shape[1], pixels.shape[0])
+
+    return PoseExtractor("mediapipe", detect, {"network": "mediapipe-pose", "version": _version("mediapipe")})
+
+
+def from_mediapipe(landmarks: Any, width: int, height: int) -> np.ndarray:
+    """33 landmarks (x, y in 0..1 of the picture, visibility) as 1,18,3; guessed and outlying joints are not seen."""
+    points = np.array([[mark.x * width, mark.y * height, mark.visibility] for mark in landmarks], np.float32)
+    inside = ((points[:, :2] >= 0) & (points[:, :2] <= (width, height))).all(axis=1)
+    points[~inside | (points[:, 2] < VISIBLE)] = 0
+    return _without_half_necks(reorder(points[None], FROM_MEDIAPIPE, shoulders=(11, 12)))
+
+
+def rtmlib(device: torch.device) -> PoseExtractor:
+    """RTMPose through rtmlib, everyone in the picture. Raises MissingDependency, or MissingWeights when offline."""
+    package = require("rtmlib", "rtmlib onnxruntime")
+    cache = Path(os.environ.get("TORCH_HOME", "~/.cache/rtmlib")).expanduser() / "hub" / "checkpoints"
+    if os.environ.get("COCOSCTL_OFFLINE") == "1" and not any(cache.glob("*.onnx")):
+        raise MissingWeights(f"rtmlib fetches its weights itself, but COCOSCTL_OFFLINE=1; put them into {cache}")
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    network = package.Body(mode="balanced", backend="onnxruntime", device=kind)
+
+    def detect(pixels: np.ndarray) -> np.ndarray:
+        return from_coco_17(*network(np.ascontiguousarray(pixels[..., ::-1])))
+
+    return PoseExtractor("rtmlib", detect, {"network": "rtmpose", "version": _version("rtmlib"), "mode": "balanced"})
+
+
+def from_coco_17(keypoints: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Key points N,17,2 in px and scores N,17 as N,18,3; joints under SCORED are not seen."""
+    points = np.concatenate([np.reshape(keypoints, (-1, 17, 2)), np.reshape(scores, (-1, 17, 1))], axis=-1)
+    points = np.where(points[..., 2:] >= SCORED, points, 0)
+    return _without_half_necks(reorder(points, FROM_COCO_17))
+
+
+def controlnet(device: torch.device) -> PoseExtractor:
+    """OpenPose's own network through controlnet_aux. Raises MissingDependency, or MissingWeights for its file."""
+    body = require("controlnet_aux.open_pose.body", "controlnet_aux")
+
+    path = next((folder / CONTROLNET_FILE for folder in search_folders() if (folder / CONTROLNET_FILE).is_file()), None)
+    if path is None:
+        raise MissingWeights(
+            f"controlnet needs {CONTROLNET_FILE} (huggingface.co/lllyasviel/Annotators); "
+            f"put it at {search_folders()[0] / CONTROLNET_FILE}"
+        )
+    network = body.Body(str(path))
+
+    def detect(pixels: np.ndarray) -> np.ndarray:
+        return from_candidates(*network(np.ascontiguousarray(pixels[..., ::-1])))
+
+    return PoseExtractor("controlnet", detect, {"network": "openpose", "sha256": sha256_of(path)})
+
+
+def from_candidates(candidates: np.ndarray, subset: np.ndarray) -> np.ndarray:
+    """OpenPose's candidates (x, y, score, ..) and, a person, the index of each joint's candidate, as N,18,3."""
+    people = np.zeros((len(subset), JOINTS, 3), np.float32)
+    for person, row in zip(people, subset):
+        for joint, index in enumerate(np.asarray(row)[:JOINTS].astype(int)):
+            if index >= 0:
+                person[joint] = candidates[index][:3]
+    return people
+
+
+def _without_half_necks(people: np.ndarray) -> np.ndarray:
+    """Joints without confidence lie at 0, 0; a neck between a seen and an unseen shoulder is not seen either."""
+    return np.where(people[..., 2:] > 0, people, 0).astype(np.float32)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,40 @@
+"""Names that lead to code: built-in ones and those of installed packages, through one door.
+
+A name stands for "module:attribute", which is imported when it is asked for, never before.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from cocosnet.errors import CocosError, ConfigError, MissingDependency
+
+
+def doors(group: str, built_in: Mapping[str, str]) -> dict[str, EntryPoint]:
+    """Entry points of `group` by name; another package cannot take over a built-in name. Imports nothing."""
+    found = {point.name: point for point in entry_points(group=group)}
+    return found | {name: EntryPoint(name, target, group) for name, target in built_in.items()}
+
+
+def open_door(name: str, kind: str, table: Mapping[str, EntryPoint]) -> Any:
+    """Import what `name` stands for; `kind` ("edge extractor") is how messages call it.
+
+    Raises:
+        ConfigError: no such name.
+        MissingDependency: another package's module does not import.
+    """
+    if name not in table:
+        close = difflib.get_close_matches(name, table, n=1)
+        guess = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ConfigError(f"no {kind} is called {name!r}{guess}; it is one of {', '.join(sorted(table))}")
+    try:
+        return table[name].load()
+    except CocosError:
+        raise
+    except Exception as error:  # another package's import may fail in any way
+        raise MissingDependency(
+            f"{kind} {name!r}: cannot import {table[name].value} ({error}); mend or remove the package that offers it"
+        ) from error

@@ -1,0 +1,146 @@
+"""Extractors by name, faces drawn into edges, faces cut out and put back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli_tools import clean_environment
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio as psnr
+
+from cocosnet.config import Config, DataConfig
+from cocosnet.data.crop import cut, face_corners, into_square, load_landmarks, undo_cut
+from cocosnet.data.extractors import extractor_names, get_extractor
+from cocosnet.data.extractors.faces import draw_face
+from cocosnet.data.prepare import prepare
+from cocosnet.errors import ConfigError, DataError, MissingDependency
+
+
+@pytest.fixture
+def portrait(shared: Path) -> tuple[Image.Image, np.ndarray]:
+    points = load_landmarks(shared / "data/portraits512_landmarks68.json")
+    return Image.open(shared / "data/portraits512/adam-schiff.jpg").convert("RGB"), points["adam-schiff.jpg"]
+
+
+def test_another_package_adds_an_extractor(tmp_path: Path) -> None:
+    (tmp_path / "invert.py").write_text(
+        "from PIL import ImageOps\n"
+        "class Invert:\n"
+        "    name, task, provenance = 'invert', 'edge', {'network': 'invert'}\n"
+        "    def __call__(self, image, size=None):\n"
+        "        return ImageOps.invert(image.convert('L')).resize((size, size))\n"
+        "def make(device):\n    return Invert()\n"
+    )
+    info = tmp_path / "invert-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: invert\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[cocosctl.extractors]\ninvert = invert:make\nbroken = nowhere:x\n")
+    Image.new("RGB", (40, 40), (10, 10, 10)).save(tmp_path / "dark.png")
+    command = [sys.executable, "-m", "cocosctl", "prepare", str(tmp_path), "-o", str(tmp_path / "out"), "--size", "32"]
+    environment = clean_environment(PYTHONPATH=str(tmp_path))
+
+    def run(name: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, "--extractor", name], capture_output=True, text=True, env=environment)
+
+    assert run("invert").returncode == 0
+    assert np.asarray(Image.open(tmp_path / "out/conditions/dark.png")).mean() == 245
+    broken = run("broken")
+    assert broken.returncode == 5 and "broken" in broken.stderr and broken.stderr.count("\n") == 1
+
+
+def test_names_belong_to_tasks() -> None:
+    assert {"hed", "hed-small", "canny", "image"} <= set(extractor_names("edge"))
+    with pytest.raises(ConfigError, match="no pose extractor is called 'hed'"):
+        get_extractor("hed", task="pose")
+
+
+def test_an_extractor_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mediapipe", None)
+    with pytest.raises(MissingDependency, match=r"cocosctl\[pose\]"):
+        get_extractor("mediapipe", task="pose")
+
+
+def test_mediapipe_sees_left_and_right_where_they_are(shared: Path) -> None:
+    pytest.importorskip("mediapipe", reason="an optional extra")
+    extractor = get_extractor("mediapipe", task="pose")
+    pose = extractor(Image.open(shared / "data/fashion512/1307.jpg"))
+    given = json.loads((shared / "data/fashion512_openpose/1307_keypoints.json").read_text())
+    expected = np.array(given["people"][0]["pose_keypoints_2d"]).reshape(18, 3)
+    assert np.median(np.hypot(*(pose.people[0] - expected)[:, :2].T)) < 8
+
+
+def test_landmark_detectors_agree_with_given_points(portrait) -> None:
+    image, points = portrait
+    for name, module, within in (("dlib", "dlib", 2.5), ("mediapipe-face", "mediapipe", 12)):
+        if __import__("importlib").util.find_spec(module):
+            assert np.abs(get_extractor(name, task="landmarks")(image) - points).mean() < within
+
+
+def test_canny_finds_a_square() -> None:
+    image = Image.new("RGB", (300, 300))
+    image.paste((255, 255, 255), (100, 100, 200, 200))
+    edges = np.asarray(get_extractor("canny")(image)) > 0
+    assert edges[95:105, 110:190].any(axis=0).all() and not edges[120:180, 120:180].any() and not edges[:80].any()
+
+
+def test_faces_are_drawn_inside_and_found_outside(portrait) -> None:
+    image, points = portrait
+    found = get_extractor("hed-small")(image)
+    drawn = get_extractor("hed-small-face")
+    edges = np.asarray(drawn(image, points=points))
+    far = np.zeros(edges.shape, bool)
+    far[: int(points[:, 1].min()) - 20] = True
+    assert np.array_equal(edges[far], np.asarray(found)[far])
+    for x, y in points[[8, 30, 36, 45, 48, 54]].astype(int):
+        assert edges[y - 3 : y + 4, x - 3 : x + 4].max() > 200
+    cheek = ((points[2] + points[31]) / 2).astype(int)
+    assert edges[cheek[1] - 4 : cheek[1] + 5, cheek[0] - 4 : cheek[0] + 5].max() == 0
+    with pytest.raises(DataError, match="span a face"):
+        draw_face(found, np.ones((68, 2)))
+
+
+def test_an_aligned_face_is_upright_framed_and_can_be_put_back(portrait) -> None:
+    image, points = portrait
+    turned = image.rotate(25, Image.Resampling.BICUBIC, expand=False)
+    angle, centre = np.deg2rad(-25), np.array(image.size) / 2
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    moved = (points - centre) @ turn.T + centre
+    corners = face_corners(moved)
+    inside = into_square(moved, corners, 256)
+    eyes = inside[36:42].mean(0), inside[42:48].mean(0)
+    assert abs(eyes[0][1] - eyes[1][1]) < 6 and 0.2 * 256 < eyes[1][0] - eyes[0][0] < 0.3 * 256
+    straight = cut(image, face_corners(points), 256, Image.Resampling.BICUBIC)
+    again = cut(turned, corners, 256, Image.Resampling.BICUBIC)
+    middle = (slice(60, 200), slice(60, 200))
+    assert psnr(np.asarray(straight)[middle], np.asarray(again)[middle]) > 30
+    black = Image.new("RGB", image.size)
+    square = cut(image, face_corners(points), 512, Image.Resampling.BICUBIC)
+    back = np.asarray(undo_cut(square, black, face_corners(points)))
+    left, top = points.min(0).astype(int)
+    right, bottom = points.max(0).astype(int)
+    box = (slice(top, bottom), slice(left, right))
+    assert psnr(np.asarray(image)[box], back[box]) > 34
+
+
+def test_records_of_aligned_faces_say_where_they_were(shared: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for name in ("adam-schiff.jpg", "abigail-spanberger.jpg"):
+        (tmp_path / "photos" / name).symlink_to(shared / "data/portraits512" / name)
+    landmarks = str(shared / "data/portraits512_landmarks68.json")
+    config = Config(data=DataConfig(size=128, crop="align", landmarks=landmarks, edges="hed-small-face"))
+    records = list(prepare(tmp_path, tmp_path / "out", config))
+    assert [record.status for record in records] == ["ok", "ok"]
+    again = list(prepare(tmp_path, tmp_path / "out", config))
+    for record, later in zip(records, again):
+        assert later.status == "skipped" and later.extra == record.extra
+        original = Image.open(shared / "data/portraits512" / record.extra["source"]).convert("RGB")
+        corners = np.array(record.extra["crop"]["corners"])
+        assert record.extra["crop"]["size"] == list(original.size)
+        back = undo_cut(Image.open(record.target), original, corners)
+        assert psnr(np.asarray(original), np.asarray(back)) > 28
+        assert np.asarray(Image.open(record.condition)).max() == 255
