@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from cocosnet.config import MatchingConfig
+from cocosnet.config import MatchingConfig, load_config
 from cocosnet.errors import MissingDependency
 from cocosnet.model import patchmatch
 from cocosnet.model.convgru import Refinement
-from cocosnet.model.exact import exact_top_k, exact_warp
+from cocosnet.model.exact import exact_top_k, exact_warp, top_k_of_rows
 from cocosnet.model.hierarchy import Hierarchy
+from cocosnet.model.matches import Matches
 from cocosnet.model.patchmatch import REFERENCE, select_engine
 from cocosnet.model.warp import pixel_grid
 
@@ -50,6 +51,28 @@ def test_the_exact_level_equals_brute_force():
 def test_the_exact_level_leaves_slots_empty_where_the_map_is_smaller_than_k():
     matches = exact_top_k(unit(0, 1, 4, 3, 3), unit(1, 1, 4, 1, 2), 5)
     assert torch.isinf(matches.scores[:, 2:]).all() and torch.isfinite(matches.scores[:, :2]).all()
+
+
+@pytest.mark.parametrize("length", [64 * 9, 64 * 9 + 1, 64 * 3])
+def test_the_top_k_of_long_rows_is_that_of_torch(length):
+    rows = torch.randn(2, 3, length, generator=torch.Generator().manual_seed(0))
+    (values, indices), expected = top_k_of_rows(rows, 5), torch.topk(rows, 5)
+    assert torch.equal(values, expected.values) and torch.equal(indices, expected.indices)
+
+
+def test_the_exact_backend_searches_every_level_without_patchmatch():
+    x = [unit(s, 1, 8, size, size) for s, size in ((0, 8), (1, 16), (2, 32))]
+    y = [unit(s, 1, 8, size, size) for s, size in ((3, 8), (4, 16), (5, 32))]
+    config = load_config("tiny-cpu", ["model.matching.backend=exact"]).model.matching
+    hierarchy = Hierarchy((8, 8, 8), config)
+    levels = hierarchy(x, y, torch.rand(1, 3, 32, 32))
+    for project, level, a, b in zip(hierarchy.projections, levels, x, y):
+        similarity = torch.einsum("bchw,bcn->bnhw", project(a), project(b).flatten(2))
+        torch.testing.assert_close(level.matches.scores[:, 0], similarity.amax(1))
+        level.warps[-1].sum().backward(retain_graph=True)
+        assert project.conv.weight.grad.abs().sum() > 0
+    patchmatch_only = Hierarchy((8, 8, 8), MatchingConfig(channels=8, candidates=4, iterations=2, hidden=8))
+    assert hierarchy.state_dict().keys() == patchmatch_only.state_dict().keys()
 
 
 def brute_force_pass(positions, x, y, axis):
@@ -131,6 +154,9 @@ def test_the_compiled_engine_agrees_with_the_reference(shape, seed):
     positions = field(seed + 2, batch, candidates, height, width, (rows, columns))
     ours, reference = compiled.propagate(positions, x, y), patchmatch.propagate(positions, x, y)
     torch.testing.assert_close(ours.scores, reference.scores, atol=2e-6, rtol=1e-5)
+    positions = patchmatch.clamp_positions(positions, rows, columns)
+    again = compiled.propagate(positions, x, y, compiled.evaluate(positions, x, y).scores)
+    torch.testing.assert_close(again.scores, reference.scores, atol=2e-6, rtol=1e-5)
     assume(rows * columns > 1)  # two candidates at the very same place tie, and rounding decides which one is kept
     inside = torch.rand(positions.shape, generator=torch.Generator().manual_seed(seed))
     inside = inside * torch.tensor([rows - 1.0, columns - 1.0]).view(1, 1, 2, 1, 1)
@@ -240,6 +266,34 @@ def test_the_warp_teaches_the_refinement_where_to_look():
     assert losses[-1] < 0.4 * losses[0]
     step = (levels[-1].matches.positions[:, 0] - pixel_grid(24, 24))[..., 4:-4, 4:-4].mean((0, 2, 3))
     assert step.tolist() == pytest.approx([1, 2], abs=0.4)
+
+
+@pytest.mark.parametrize("refinement", ["gru", "conv"])
+def test_refining_band_by_band_changes_nothing(refinement, monkeypatch):
+    torch.manual_seed(0)
+    refine = Refinement(MatchingConfig(channels=4, candidates=3, hidden=8, refinement=refinement))
+    torch.nn.init.normal_(refine.head[-1].weight)
+    matches = Matches(field(0, 2, 3, 37, 9, (20, 11)).clamp(0, 10), torch.rand(2, 3, 37, 9))
+    inputs = torch.randn(2, 8, 37, 9), matches, unit(1, 2, 4, 37, 9), unit(2, 2, 4, 20, 11)
+    monkeypatch.setattr("cocosnet.model.convgru.BAND", 10)
+    with torch.no_grad():
+        bands = refine(*inputs)
+    for band, whole in zip(bands, refine(*inputs)):
+        torch.testing.assert_close(band, whole)
+
+
+def test_checkpointing_leaves_the_gradients_as_they_are():
+    gradients = []
+    for checkpoint in (False, True):
+        torch.manual_seed(0)
+        config = MatchingConfig(channels=8, candidates=3, iterations=2, hidden=8, checkpoint=checkpoint)
+        hierarchy = Hierarchy((8, 8), config)
+        features = [unit(1, 1, 8, 6, 6).requires_grad_(), unit(2, 1, 8, 12, 12).requires_grad_()]
+        levels = hierarchy(features, [f.flip(-1) for f in features], unit(3, 1, 3, 12, 12))
+        sum(warp.square().sum() for level in levels for warp in level.warps).backward()
+        gradients.append([*(f.grad for f in features), *(p.grad for p in hierarchy.parameters())])
+    for plain, checkpointed in zip(*gradients):
+        torch.testing.assert_close(plain, checkpointed)
 
 
 def test_scores_pass_numerical_gradient_checks():

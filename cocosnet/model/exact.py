@@ -1,7 +1,7 @@
 """Exact matching at one level: every pixel of the condition against every pixel of the exemplar.
 
-The attention is streamed, so memory grows linearly with the pixels. It is the coarse level's engine and the oracle
-that PatchMatch is measured against.
+Both the attention and the search are streamed, so memory grows linearly with the pixels. It is the coarse level's
+engine, that of every level with `matching.backend: exact`, and the oracle that PatchMatch is measured against.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 from cocosnet.model.matches import Matches
 
 CHUNK = 2**24  # similarities held at once while the top K are picked: 64 MiB of float32
+GROUP = 64  # neighbouring similarities that are first looked at by their maximum alone
 
 
 def exact_warp(features_x: Tensor, features_y: Tensor, exemplar: Tensor, temperature: float) -> Tensor:
@@ -39,12 +40,26 @@ def exact_top_k(features_x: Tensor, features_y: Tensor, candidates: int) -> Matc
     kept = min(candidates, keys.shape[-1])
     step = max(1, CHUNK // (batch * keys.shape[-1]))
     with torch.autocast(keys.device.type, enabled=False):
-        best = [torch.topk(part @ keys, kept, dim=-1) for part in queries.split(step, dim=1)]
-    scores = torch.cat([b.values for b in best], 1).transpose(1, 2).unflatten(2, (height, width))
-    indices = torch.cat([b.indices for b in best], 1).transpose(1, 2).unflatten(2, (height, width))
+        best = [top_k_of_rows(part @ keys, kept) for part in queries.split(step, dim=1)]
+    scores, indices = (torch.cat(parts, 1).transpose(1, 2).unflatten(2, (height, width)) for parts in zip(*best))
     columns = features_y.shape[-1]
     positions = torch.stack([indices // columns, indices % columns], dim=2).float()
     return _fill(positions, scores.clamp(-1, 1), candidates)
+
+
+def top_k_of_rows(similarities: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` greatest numbers of the last dimension and their indices, greatest first, as `torch.topk`.
+
+    On long rows in two steps: the K greatest lie in the K groups of the greatest maxima, so only those are searched.
+    """
+    groups, rest = divmod(similarities.shape[-1], GROUP)
+    if rest or groups <= count:
+        return tuple(torch.topk(similarities, count, dim=-1))
+    grouped = similarities.unflatten(-1, (groups, GROUP))
+    chosen = torch.topk(grouped.amax(-1), count, dim=-1).indices
+    few = torch.gather(grouped, -2, chosen.unsqueeze(-1).expand(*chosen.shape, GROUP)).flatten(-2)
+    values, order = torch.topk(few, count, dim=-1)
+    return values, chosen.gather(-1, order // GROUP) * GROUP + order % GROUP
 
 
 def _fill(positions: Tensor, scores: Tensor, candidates: int) -> Matches:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cocosnet.config import MatchingConfig
 from cocosnet.model.convgru import Refinement
@@ -43,8 +44,11 @@ class Projection(nn.Module):
         return F.normalize(x - x.mean(1, keepdim=True), dim=1)
 
 
-class CoarseLevel(nn.Module):
-    """N_1: every position against every other. All enter the soft warp, so the gradient reaches all features."""
+class ExactLevel(nn.Module):
+    """N_1, and every level of `backend: exact`: every position against every other.
+
+    All positions enter the soft warp, so the gradient reaches all features.
+    """
 
     def __init__(self, config: MatchingConfig):
         super().__init__()
@@ -66,31 +70,45 @@ class PatchMatchLevel(nn.Module):
         super().__init__()
         self.iterations, self.temperature = config.iterations, config.temperature
         self.backend, self.propagation = config.backend, config.propagation
-        self.refinement = refinement
+        self.refinement, self.checkpoint = refinement, config.checkpoint
 
     def forward(self, coarse: Matches, features_x: Tensor, features_y: Tensor, exemplar: Tensor) -> Level:
         """coarse: H_{l-1}; features B,C,h,w and B,C,H,W of unit length; exemplar B,3,H,W."""
         positions = child_positions(coarse.positions.detach(), *features_x.shape[-2:])
-        state, warps = None, []
+        state, warps, scores = None, [], None
         for iteration in range(self.iterations):
-            state, matches = self.iterate(state, positions.detach(), features_x, features_y)
+            state, matches = self.iterate(state, positions.detach(), features_x, features_y, scores)
+            scores = matches.scores.detach()
             if self.training or iteration == self.iterations - 1:
                 warps.append(soft_warp(exemplar, matches.positions, matches.scores, self.temperature))
             positions = matches.positions
         return Level(best_first(matches), warps)
 
     def iterate(
-        self, state: Tensor | None, positions: Tensor, features_x: Tensor, features_y: Tensor
+        self,
+        state: Tensor | None,
+        positions: Tensor,
+        features_x: Tensor,
+        features_y: Tensor,
+        scores: Tensor | None = None,
     ) -> tuple[Tensor | None, Matches]:
-        """One iteration. Returns the GRU's state and the scored H_{t+1}."""
+        """One iteration from H_t and, where known, its scores. Returns the GRU's state and the scored H_{t+1}."""
         engine = select_engine(self.backend, features_x)
         with torch.no_grad():
-            search = engine.propagate if self.propagation else engine.evaluate
-            proposed = search(positions, features_x.detach(), features_y.detach())
+            x, y = features_x.detach(), features_y.detach()
+            proposed = (
+                engine.propagate(positions, x, y, scores) if self.propagation else engine.evaluate(positions, x, y)
+            )
         if self.refinement is None:
             return None, engine.evaluate(proposed.positions, features_x, features_y)
-        state, step = self.refinement(state, proposed.detach(), features_x, features_y)
+        state, step = self._refine(state, proposed.detach(), features_x, features_y)
         return state, engine.evaluate(proposed.positions + step, features_x, features_y)
+
+    def _refine(self, *inputs: Tensor | Matches | None) -> tuple[Tensor, Tensor]:
+        """The refinement, its inner activations computed again for the gradient instead of kept, if asked for."""
+        if self.checkpoint and torch.is_grad_enabled():
+            return checkpoint(self.refinement, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return self.refinement(*inputs)
 
 
 class Hierarchy(nn.Module):
@@ -99,7 +117,8 @@ class Hierarchy(nn.Module):
     def __init__(self, widths: tuple[int, ...], config: MatchingConfig):
         super().__init__()
         self.projections = nn.ModuleList(Projection(width, config.channels) for width in widths)
-        self.coarse = CoarseLevel(config)
+        self.exact_everywhere = config.backend == "exact"
+        self.coarse = ExactLevel(config)
         self.fine = nn.ModuleList(_fine_levels(len(widths) - 1, config))
         self.depth = len(widths)  # levels that are matched; a finer one has its coarser one's matches, enlarged
 
@@ -112,9 +131,10 @@ class Hierarchy(nn.Module):
                 continue
             x, y = project(x), project(y)
             picture = downsample(exemplar, 2 ** (len(self.projections) - 1 - index))
-            levels.append(
-                self.fine[index - 1](levels[-1].matches, x, y, picture) if index else self.coarse(x, y, picture)
-            )
+            if index == 0 or self.exact_everywhere:
+                levels.append(self.coarse(x, y, picture))
+            else:
+                levels.append(self.fine[index - 1](levels[-1].matches, x, y, picture))
         return levels
 
 

@@ -29,10 +29,12 @@ CHUNK = 2**25  # sampled feature values held at once: 128 MiB of float32
 
 
 @torch.no_grad()
-def propagate(positions: Tensor, features_x: Tensor, features_y: Tensor) -> Matches:
+def propagate(positions: Tensor, features_x: Tensor, features_y: Tensor, scores: Tensor | None = None) -> Matches:
     """H' = propagation(H, f^x, f^y), Eq. 5, one horizontal and one vertical pass.
 
     positions B,K,2,h,w (clamped here); features_x B,C,h,w and features_y B,C,H,W of unit length, float32.
+    scores B,K,h,w: what `evaluate` gave for these positions and features, where it is at hand. It spares an engine from
+    scoring a pixel's own matches again and changes nothing else; this one does without.
     Returns the K best distinct candidates of every pixel, best first.
     """
     positions = clamp_positions(positions, *features_y.shape[-2:])
@@ -130,7 +132,7 @@ class Engine:
     """A way to compute the two operations; every engine has the signatures and results of this file's functions."""
 
     name: str
-    propagate: Callable[[Tensor, Tensor, Tensor], Matches]
+    propagate: Callable[..., Matches]
     evaluate: Callable[[Tensor, Tensor, Tensor], Matches]
 
 
@@ -140,7 +142,8 @@ REFERENCE = Engine("reference", propagate, evaluate)
 def select_engine(backend: str, features: Tensor) -> Engine:
     """The engine for features of this device and type: `reference`, `compiled` (CPU, float32, numba), or `auto`.
 
-    `auto` takes the quickest that can handle the features, the reference where no other can.
+    `auto` takes the quickest that can handle the features, the reference where no other can. `exact` searches without
+    PatchMatch (see `hierarchy.ExactLevel`); what is left to score of a field, it scores as `auto` does.
 
     Raises:
         MissingDependency: `compiled` is asked for by name and cannot run here.
