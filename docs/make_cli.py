@@ -16,6 +16,8 @@ COMMANDS = (
     "translate",
     "warp-visualize",
     "eval",
+    "bench matching",
+    "bench ablation",
     "weights list",
     "config list",
     "config show",
