@@ -1,0 +1,247 @@
+"""Who becomes whose exemplar, recipes, and work in several processes, killed ones included."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli_tools import COCOSCTL, clean_environment, draw_pictures, lines, run
+from PIL import Image
+
+from cocosnet.config import Config, DataConfig, PrepareConfig
+from cocosnet.data.check import find_faults
+from cocosnet.data.pairs import listed, nearest, random_round, same_item
+from cocosnet.data.prepare import prepare
+from cocosnet.data.records import read_manifest
+from cocosnet.data.sources import Item, find_items, load_recipe, recipe_names
+from cocosnet.errors import ConfigError
+
+SAMPLES = "data/cocosnet_samples"
+
+
+def items(*names: str, split: str = "train") -> list[Item]:
+    return [Item(name.replace("/", "-")[:-4], Path(name), name, split) for name in names]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file that a reader would look at."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    shown = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in shown}
+
+
+def test_training_pairs_stay_in_training() -> None:
+    splits = ["train", "val", "train", "val", "train"]
+    following = random_round(splits, 3)
+    assert all(splits[other] == split for other, split in zip(following, splits))
+    assert sorted(following) == [0, 1, 2, 3, 4] and all(other != index for index, other in enumerate(following))
+    assert random_round(["train", "val", "train"], 0)[1] in (0, 2)
+    assert random_round(["train"], 0) == [0]
+
+
+def test_same_item_is_the_folder_or_what_an_expression_finds() -> None:
+    photos = items("id_1/01_1_front.jpg", "id_1/01_2_side.jpg", "id_1/02_1_front.jpg", "id_2/01_1_front.jpg")
+    by_folder = [[choice.index for choice in row] for row in same_item(photos, "")]
+    assert by_folder == [[1, 2], [2, 0], [0, 1], []]
+    by_colour = [[choice.index for choice in row] for row in same_item(photos, r"^(.*id_\d+/\d+)_")]
+    assert by_colour == [[1], [0], [], []]
+    with pytest.raises(ConfigError, match="regular expression"):
+        same_item(photos, "(")
+
+
+def test_nearest_is_exact_and_never_oneself_nor_its_copy() -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(40, 16))
+    vectors[7] = vectors[3]  # the same picture under two names
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    splits = ["val" if index % 5 == 0 else "train" for index in range(40)]
+    choices = nearest({index: vectors[index].astype(np.float32) for index in range(40)}, splits, 4)
+    for index in range(40):
+        pool = [i for i in range(40) if splits[i] == splits[index] and i != index and {i, index} != {3, 7}]
+        expected = sorted(pool, key=lambda i: 1 - float(vectors[i] @ vectors[index]))[:4]
+        assert [choice.index for choice in choices[index]] == expected
+        exact = [1 - vectors[i] @ vectors[index] for i in expected]
+        assert np.allclose([choice.distance for choice in choices[index]], exact, atol=1e-4)
+
+
+def test_lists_in_the_authors_spelling(tmp_path: Path) -> None:
+    (tmp_path / "ref.txt").write_text("img\\a\\1.jpg,a/2.jpg,img/a/1.jpg,nowhere.jpg\n\n2,1\n")
+    found = listed(items("a/1.jpg", "a/2.jpg", "a/3.jpg"), [tmp_path / "ref.txt"])
+    assert [[choice.index for choice in row] for row in found] == [[1], [0], []]
+
+
+def test_what_a_changed_option_does_not_touch_is_kept(tmp_path: Path) -> None:
+    photos = draw_pictures(tmp_path / "photos", 4)
+
+    def made(**settings: str) -> dict[str, int]:
+        list(prepare(photos, tmp_path / "out", Config(DataConfig(size=32, **settings)), extractor=settings["edges"]))
+        return {str(path.parent.name): path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("p1.png")}
+
+    first = made(edges="hed-small")
+    second = made(edges="canny")
+    assert second["images"] == first["images"] and second["conditions"] > first["conditions"]
+    random = [record.exemplar for record in read_manifest(tmp_path / "out")]
+    (tmp_path / "pairs.csv").write_text("p0,p3,p2\n")
+    settings = Config(DataConfig(size=32, edges="canny"), prepare=PrepareConfig(pairs=str(tmp_path / "pairs.csv")))
+    records = list(prepare(photos, tmp_path / "out", settings))
+    assert {record.status for record in records} == {"skipped"}
+    assert [choice["id"] for choice in records[0].extra["exemplars"]] == ["p3", "p2"]
+    assert [record.exemplar for record in records[1:]] == random[1:]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_a_config_with_a_card(name: str) -> None:
+    config = load_recipe(name, ["data.size=64"])
+    assert config.data.size == 64
+    root = Path(__file__).resolve().parent.parent / "datasets"
+    (recipe,) = root.glob(f"*/{name}.yaml")
+    assert name in (recipe.parent / "README.md").read_text()
+
+
+def test_unknown_recipes_name_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="ade20k-outdoor"):
+        load_recipe("ade")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "folder", "count", "held_out"),
+    [("deepfashion", "DeepFashion", 8, 4), ("ade20k", "ade20k", 12, 6), ("celeba-hq-masks", "celebahq", 8, 4)],
+)
+def test_the_authors_samples_prepare_unchanged(
+    recipe: str, folder: str, count: int, held_out: int, shared: Path, tmp_path: Path
+) -> None:
+    config = load_recipe(recipe, ["data.size=48", "prepare.pairs=random"])
+    records = list(prepare(shared / SAMPLES / folder, tmp_path / "out", config))
+    assert Counter(record.status for record in records) == {"ok": count}
+    assert sum(record.extra["split"] == "val" for record in records) == held_out
+    assert list(find_faults(tmp_path / "out")) == []
+
+
+def test_outdoor_scenes_are_told_by_their_classes_or_a_list(shared: Path, tmp_path: Path) -> None:
+    config = load_recipe("ade20k-outdoor")
+    found = find_items(shared / SAMPLES / "ade20k", tmp_path, config, None, True)
+    for item in found:
+        present = set(np.unique(np.asarray(Image.open(item.labels[0]))).tolist())
+        assert present & {3, 14, 17} and not present & {6, 8, 48}
+    assert 0 < len(found) < 12
+    shutil.copytree(shared / SAMPLES / "ade20k", tmp_path / "set")
+    (tmp_path / "set" / "outdoor.txt").write_text(f"{found[0].photo.name}\n")
+    assert len(find_items(tmp_path / "set", tmp_path / "out", config, None, True)) == 1
+
+
+def test_deepfashion_hd_pads_with_232_and_reads_its_canvas(tmp_path: Path) -> None:
+    folder = tmp_path / "img/WOMEN/Dresses/id_00000001"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (750, 1101), (10, 20, 30)).save(folder / "01_1_front.jpg", quality=100)
+    pose = tmp_path / "pose/WOMEN/Dresses/id_00000001"
+    pose.mkdir(parents=True)
+    (pose / "01_1_front_candidate.txt").write_text("512 256 0.9 0\n256 768 0.8 1\n")
+    (pose / "01_1_front_subset.txt").write_text(" ".join(["0", "1", *["-1"] * 16, "1.7", "2"]))
+    (record,) = prepare(tmp_path, tmp_path / "out", load_recipe("deepfashion-hd"))
+    image = np.asarray(Image.open(record.target))
+    assert image.shape == (512, 512, 3)
+    left = round(175 / 1101 * 512)  # 750 px in the middle of 1101
+    assert (image[:, : left - 4] == 232).all() and (image[:, -left + 5 :] == 232).all()
+    assert abs(image[256, 256].astype(int) - (10, 20, 30)).max() <= 3
+    joints = np.array(json.loads(Path(record.condition).read_text())["people"][0]["pose_keypoints_2d"]).reshape(18, 3)
+    assert joints[0].tolist() == [256, 128, 0.9] and joints[1].tolist() == [128, 384, 0.8]
+
+
+def test_check_names_every_fault(tmp_path: Path) -> None:
+    photos = draw_pictures(tmp_path / "set/photos", 6)
+    for path in photos.iterdir():
+        (tmp_path / "set/labels").mkdir(exist_ok=True)
+        Image.new("L", Image.open(path).size, 2).save(tmp_path / "set/labels" / path.name)
+    config = Config(DataConfig(task="mask", size=32, classes=3, val_fraction=0))
+    list(prepare(tmp_path / "set", tmp_path / "out", config))
+    assert run("prepare", "--check", tmp_path / "out").returncode == 0
+    assert Image.open(tmp_path / "out/contact-sheet.jpg").width > 200
+    Image.new("L", (38, 32), 9).save(tmp_path / "out/conditions/p0.png")
+    Image.new("L", (20, 20), 1).save(tmp_path / "out/conditions/p1.png")
+    (tmp_path / "out/images/p2.png").write_bytes(b"half")
+    manifest = tmp_path / "out/manifest.jsonl"
+    rows = lines(manifest.read_text())
+    rows[3] |= {"exemplar": rows[3]["target"]}
+    rows[4] |= {"exemplar": rows[5]["target"]}
+    rows[5] |= {"split": "val"}
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run("prepare", "--check", tmp_path / "out", "--json")
+    faults = {record["id"]: record["error"] for record in lines(done.stdout)}
+    assert done.returncode == 4
+    for name, word in {"p0": "label indices", "p1": "20x20", "p2": "p2.png", "p3": "own", "p4": "held-out"}.items():
+        assert word in faults[name]
+    assert "p5" not in faults
+
+
+def test_dry_run_says_bytes_and_writes_nothing(tmp_path: Path) -> None:
+    photos = draw_pictures(tmp_path / "photos", 3, (300, 200))
+    command = ["prepare", photos, "-o", tmp_path / "out", "--size", 128, "--edges", "hed-small"]
+    told = run(*command, "--dry-run")
+    assert told.returncode == 0 and "3 of 3 pictures" in told.stderr and "MB" in told.stderr
+    assert not (tmp_path / "out").exists()
+    assert run(*command).returncode == 0
+    assert "0 of 3 pictures" in run(*command, "--dry-run").stderr
+
+
+def test_processes_and_ranks_make_the_same_bytes(tmp_path: Path) -> None:
+    photos = draw_pictures(tmp_path / "photos", 7)
+    (photos / "bad.png").write_bytes(b"no picture")
+    command = ["prepare", str(photos), "--size", "32", "--edges", "hed-small", "--json", "-o"]
+    alone = run(*command, tmp_path / "alone")
+    several = run(*command, tmp_path / "several", "--workers", 2)
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "cocosctl",
+    ]
+    ranks = subprocess.run(
+        [*launcher, *command, str(tmp_path / "ranks")], capture_output=True, text=True, env=clean_environment()
+    )
+    assert alone.returncode == several.returncode == 4
+    assert tree(tmp_path / "alone").keys() == tree(tmp_path / "several").keys() == tree(tmp_path / "ranks").keys()
+    for name, content in tree(tmp_path / "alone").items():
+        for other in ("several", "ranks"):
+            where = str(tmp_path / other).encode(), str(tmp_path / "alone").encode()
+            assert (tmp_path / other / name).read_bytes().replace(*where) == content
+    ids = [record["id"] for record in lines(alone.stdout)]
+    assert ids == [record["id"] for record in lines(several.stdout)] == [r["id"] for r in lines(ranks.stdout)]
+    assert len(ids) == 8
+
+
+def test_killed_with_retrieval_ends_with_the_same_bytes(shared: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for path in sorted((shared / "data/metfaces256").iterdir())[:8]:
+        shutil.copy(path, photos)
+    weights = {"COCOSCTL_WEIGHTS_DIR": str(shared / "weights")}
+    command = ["prepare", str(photos), "--size", "64", "--edges", "hed-small", "--pairs", "retrieval", "--json", "-o"]
+    process = subprocess.Popen(
+        [*COCOSCTL, *command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL, env=clean_environment(**weights)
+    )
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("killed/images/[!.]*.png"))) < 4 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    again = run(*command, tmp_path / "killed", **weights)
+    calm = run(*command, tmp_path / "calm", **weights)
+    assert again.returncode == calm.returncode == 0 and '"skipped"' in again.stdout
+    assert tree(tmp_path / "killed") == tree(tmp_path / "calm")
+    for record in lines(calm.stdout):
+        distances = [choice["distance"] for choice in record["exemplars"]]
+        assert distances == sorted(distances) and record["id"] not in [c["id"] for c in record["exemplars"]]
+        assert Path(record["exemplar"]).stem == record["exemplars"][0]["id"]
