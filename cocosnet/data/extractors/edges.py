@@ -15,14 +15,18 @@ CANNY_SIGMA = 1.5  # px at the size at which edges are looked for
 def hed(device: torch.device) -> EdgeExtractor:
     """HED with its BSDS500 weights. Raises MissingWeights and CheckpointError as `find_weights` and `load_hed` do."""
     from cocosnet.data.extractors.hed import BORDER, hed_edges, load_hed
+    from cocosnet.train.networks import pick_precision
 
     path = find_weights("hed")
     network = load_hed(path).to(device, memory_format=torch.channels_last)
-    return EdgeExtractor(
-        "hed",
-        lambda image: hed_edges(network, image),
-        {"network": "hed", "sha256": sha256_of(path), "work_side": WORK_SIDE, "border": BORDER},
-    )
+    precision = pick_precision("auto", device)  # bf16 halves the time and moves an edge by 0.001 on average
+
+    def edges(image: Image.Image) -> torch.Tensor:
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            return hed_edges(network, image)
+
+    made_by = {"network": "hed", "sha256": sha256_of(path), "work_side": WORK_SIDE, "border": BORDER}
+    return EdgeExtractor("hed", edges, made_by | {"precision": str(precision).removeprefix("torch.")})
 
 
 def hed_small(device: torch.device) -> EdgeExtractor:
