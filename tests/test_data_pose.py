@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -182,3 +183,28 @@ def test_pairs_of_poses_reach_training(shared: Path, tmp_path: Path) -> None:
     assert np.allclose(prepared.people[..., 0] / prepared.width, original.people[..., 0] / size[0], atol=2e-3)
     assert list(find_faults(tmp_path / "out")) == []
     assert draw_sheet(tmp_path / "out").width > 400
+
+
+def test_a_pose_model_translates_files_and_photographs(shared: Path, tmp_path: Path) -> None:
+    """An untrained model: what is tested is that poses flow through, drawn alike from a file and from a photograph."""
+    from cocosnet.checkpoint import save_model
+    from cocosnet.config import load_config
+    from cocosnet.data.records import Record
+    from cocosnet.inference import Translator
+    from cocosnet.model.cocosnet import CoCosNet
+
+    torch.manual_seed(0)
+    model = CoCosNet(load_config("tiny-cpu", ["data.task=pose", "data.poses=auto", "data.size=64"]))
+    save_model(tmp_path / "pose.safetensors", model)
+    photo = shared / "data/fashion512/1307.jpg"
+    given = read_pose(shared / "data/fashion512_openpose/1307_keypoints.json", Image.open(photo).size)
+    write_pose(given, tmp_path / "pose.json")
+    files = Translator(tmp_path / "pose.safetensors", "cpu")
+    record = Record("p", condition=str(tmp_path / "pose.json"), exemplar=str(shared / "data/fashion512/0001.jpg"))
+    done = files.translate(record, tmp_path / "out.png")
+    assert done.status == "ok" and min(Image.open(tmp_path / "out.png").size) == 64
+    if importlib.util.find_spec("mediapipe") is None:
+        return
+    raw = Translator(tmp_path / "pose.safetensors", "cpu", raw=True)
+    found = raw.load_pair(Record("p", condition=str(photo), exemplar=str(photo))).condition
+    assert (found - files.load_pair(record).condition).abs()[:, 3:].mean() < 0.03
