@@ -73,6 +73,7 @@ def prepare(
 
     from cocosnet.checkpoint import resolve_device
     from cocosnet.data.prepare import plan
+    from cocosnet.train.distributed import own_device
 
     preparation = plan(
         source,
@@ -83,7 +84,7 @@ def prepare(
         labels=labels,
         extractor=extractor or "auto",
         seed=seed or 0,
-        device=str(resolve_device(device)),
+        device=str(own_device(resolve_device(device))),
         workers=workers or 0,
     )
     if dry_run:

@@ -83,8 +83,8 @@ def plan(
     check_pairs(config.prepare)
     name = _extractor_name(config, extractor, labels)
     maker = Maker([], output, config, name, device, overwrite)
-    if not maker.ready_made:
-        maker.network(config.data.task)  # what is missing is said before anything is written
+    for task in [config.data.task] * (not maker.ready_made) + ["features"] * maker.retrieves:
+        maker.network(task)  # what is missing is said before anything is written
     maker.items = find_items(source, output, config, labels, maker.ready_made)[:limit]
     if config.data.task == "mask" and config.prepare.kind == "colours":
         given = config.prepare.palette
