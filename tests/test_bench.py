@@ -145,6 +145,13 @@ def test_without_distortion_every_level_is_right_and_as_good_as_exact():
         assert level["similarity"] == pytest.approx(level["exact_similarity"], abs=1e-3)
 
 
+def test_the_exact_engine_finds_every_nearest_neighbour():
+    settings = BenchSettings(size=32, coarse=16, matching=MatchingConfig(backend="exact"))
+    result = bench_matching([DEMO / "hopper.jpg"], settings, CPU)
+    assert result["engine"] == "exact" and result["speedup"] is None
+    assert all(level["nearest"] == 1 for level in result["levels"])
+
+
 def test_a_bench_of_the_demo_model_uses_its_own_levels_and_refinement():
     settings = BenchSettings(size=64, features="demo", baseline=False)
     result = bench_matching([DEMO / "hopper.jpg"], settings, CPU)

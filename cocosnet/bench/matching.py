@@ -27,7 +27,7 @@ from cocosnet.bench.truth import Pair, make_pair, read_square
 from cocosnet.config import DistortionConfig, MatchingConfig
 from cocosnet.errors import ConfigError, DataError
 from cocosnet.model.exact import exact_top_k
-from cocosnet.model.hierarchy import Level
+from cocosnet.model.hierarchy import Level, PatchMatchLevel
 from cocosnet.model.matches import Matches
 from cocosnet.model.patchmatch import select_engine
 from cocosnet.model.warp import downsample
@@ -161,7 +161,8 @@ def _work(
 ) -> Callable[[], Level]:
     """One level's matching, ready to be run."""
     given = (x[index], y[index], pictures[index])
-    return lambda: source.levels[index](*((before, *given) if index else given))
+    level = source.levels[index]
+    return lambda: level(before, *given) if isinstance(level, PatchMatchLevel) else level(*given)
 
 
 def _rivalry(
@@ -176,10 +177,10 @@ def _rivalry(
 ) -> dict[str, Any] | None:
     """All PatchMatch levels by our engine without refinement and by the release's arithmetic, in turn.
 
-    None where there is no PatchMatch level or the release's square grid cannot give K candidates.
+    None where there is no PatchMatch level, or the release's square grid cannot give K candidates.
     """
     config = dataclasses.replace(source.config, refinement="none")
-    if len(x) < 2 or not suits(config.candidates):
+    if len(x) < 2 or config.backend == "exact" or not suits(config.candidates):
         return None
     plain = [source.levels[0], *(type(level)(config, None).eval() for level in source.levels[1:])]
     contest = {"ours": _ours(plain, coarse, x, y, pictures), "baseline": _theirs(config, coarse, x, y, pictures)}
@@ -259,7 +260,7 @@ def _report(
         **{name: getattr(settings, name) for name in ("size", "features", "seed", "repeats")},
         "coarse": int(levels[0]["side"]),
         "matching": dataclasses.asdict(source.config),
-        "engine": select_engine(source.config.backend, torch.zeros(1, device=device)).name,
+        "engine": _engine(source.config.backend, device),
         "device": str(device),
         "threads": torch.get_num_threads(),
         "pictures": len(found),
@@ -270,6 +271,11 @@ def _report(
         **contest,
         "floor": _floor(levels[1:], source.config, device),
     }
+
+
+def _engine(backend: str, device: torch.device) -> str:
+    """Which engine the backend means on this device."""
+    return backend if backend == "exact" else select_engine(backend, torch.zeros(1, device=device)).name
 
 
 def _floor(levels: list[dict[str, float]], config: MatchingConfig, device: torch.device) -> dict[str, float]:

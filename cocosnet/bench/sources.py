@@ -17,7 +17,7 @@ from cocosnet.data.extractors import get_extractor
 from cocosnet.data.images import to_image
 from cocosnet.errors import ConfigError
 from cocosnet.model.cocosnet import CoCosNet
-from cocosnet.model.hierarchy import CoarseLevel, PatchMatchLevel
+from cocosnet.model.hierarchy import ExactLevel, PatchMatchLevel
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Source:
     """Unit vectors of a pair, B,C,h,w float32 a level, coarse to fine, and the levels that match them.
 
     pyramids: (query, exemplar), each B,3,H,W in [-1, 1], to two lists of maps.
-    levels: a `CoarseLevel`, then `PatchMatchLevel`s.
+    levels: an `ExactLevel`, then `PatchMatchLevel`s; with `backend: exact` the first kind alone.
     """
 
     config: MatchingConfig
@@ -73,5 +73,8 @@ def _trained(model: CoCosNet, config: MatchingConfig, depth: int | None, device:
 
 
 def _levels(config: MatchingConfig, refinements: list[nn.Module | None], device: torch.device) -> list[nn.Module]:
-    levels = [CoarseLevel(config), *(PatchMatchLevel(config, refinement) for refinement in refinements)]
+    if config.backend == "exact":
+        levels: list[nn.Module] = [ExactLevel(config) for _ in range(len(refinements) + 1)]
+    else:
+        levels = [ExactLevel(config), *(PatchMatchLevel(config, refinement) for refinement in refinements)]
     return [level.to(device).eval() for level in levels]
