@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -15,9 +14,9 @@ from cocosctl.exits import ExitCode
 from cocosctl.output import Output
 from cocosnet.data.records import Record, iter_records, read_manifest
 from cocosnet.errors import CocosError
+from cocosnet.files import safe_name
 
 DEMO_MANIFEST = "demo/manifest.jsonl"
-_NAME_LIMIT = 120  # bytes of an output's name that come from the id
 
 Step = Callable[[Record, Path], Record]
 
@@ -100,20 +99,6 @@ def name_outputs(records: Iterable[Record], folder: Path) -> Iterator[tuple[Reco
             record = record.failure("this id came before in the same run; ids must differ")
         seen.add(record.id)
         yield record, folder / f"{safe_name(record.id)}.png"
-
-
-def safe_name(identifier: str) -> str:
-    """A file name for an id that may come from anywhere: no separators, no control characters, not too long.
-
-    Letters (of any script), digits, "-", "_" and inner "." stay. Where anything had to change, eight digits of the id's
-    SHA-256 are added, so that two ids never share a name.
-    """
-    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in identifier).lstrip(".")
-    while len(name.encode()) > _NAME_LIMIT:
-        name = name[:-1]
-    if name == identifier:
-        return name
-    return f"{name}-{hashlib.sha256(identifier.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
 def _attempt(record: Record, path: Path, step: Step) -> Record:

@@ -41,6 +41,7 @@ COMMANDS = (
     Command("translate", "cocosctl.translate:translate", "Render a condition in the look of an exemplar."),
     Command("warp-visualize", "cocosctl.warp_visualize:warp_visualize", "Draw what was matched, level by level."),
     Command("eval", "cocosctl.evaluate:evaluate", "Measure outputs: swd, psnr, ssim, l1, fid and more."),
+    Command("reproduce", "cocosctl.reproduce:reproduce", "Run one of the paper's tables: train, translate, measure."),
     Command("bench", "cocosctl.bench:app", "Measure the matcher where every true match is known."),
     Command("weights", "cocosctl.weights:app", "Show which weights are here and where they were found."),
     Command("config", "cocosctl.configs:app", "List, show, check and compare configs."),

@@ -111,6 +111,7 @@ class MatchingConfig:
     backend: str = "auto"
     checkpoint: bool = False  # training computes the refinement twice instead of keeping its activations: less memory
     max_step: float = 3.0  # px of the level, bound of one update dH (ours: dH = max_step * tanh)
+    levels: int = 0  # levels that are matched, counted from the coarsest (Table 4); 0: all of the pyramid
     share_levels: bool = True  # one refinement module for all levels, as the release does; off: one a level
 
 
@@ -147,7 +148,7 @@ class ModelConfig:
     @property
     def matched_levels(self) -> int:
         """Levels of the pyramid that are matched, from the coarsest on: all, one (CoCosNet) or none (SPADE)."""
-        return {"cocosnet-v2": self.encoder.levels, "cocosnet": 1, "spade": 0}[self.kind]
+        return {"cocosnet-v2": self.matching.levels or self.encoder.levels, "cocosnet": 1, "spade": 0}[self.kind]
 
 
 @dataclass(frozen=True)
@@ -367,6 +368,10 @@ def _check(config: Config) -> None:
     _require(
         len(encoder.widths) >= encoder.levels,
         f"model.encoder.widths must have at least levels={encoder.levels} entries, has {len(encoder.widths)}",
+    )
+    _require(
+        0 <= matching.levels <= encoder.levels,
+        f"model.matching.levels must be 0 (all) to model.encoder.levels={encoder.levels}, is {matching.levels}",
     )
     _require(
         len(translator.blocks) == len(translator.widths),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from cocosnet.errors import DataError
+
+_NAME_LIMIT = 120  # bytes of an output's name that come from the id
 
 
 @contextlib.contextmanager
@@ -43,6 +46,20 @@ def atomic_write(path: str | Path, content: bytes | str) -> None:
     """Write `content` (text as UTF-8) to `path` atomically. Raises DataError as `atomic_path` does."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def safe_name(identifier: str) -> str:
+    """A file name for an id that may come from anywhere: no separators, no control characters, not too long.
+
+    Letters (of any script), digits, "-", "_" and inner "." stay. Where anything had to change, eight digits of the id's
+    SHA-256 are added, so that two ids never share a name.
+    """
+    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in identifier).lstrip(".")
+    while len(name.encode()) > _NAME_LIMIT:
+        name = name[:-1]
+    if name == identifier:
+        return name
+    return f"{name}-{hashlib.sha256(identifier.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
 def _umask() -> int:

@@ -35,7 +35,7 @@ PACKAGES = (
     "pytorch-fid",
     "lpips",
 )  # whose versions can move a number
-BATCH_PIXELS = 8 * 256 * 256  # of one role's pictures that pass the networks at once on a CPU; 8 times as many on a GPU
+BATCH_PIXELS = 4 * 256 * 256  # of one role's pictures that pass the networks at once on a CPU; 8 times as many on a GPU
 LABELS = {
     "labels": "condition",
     "exemplar_labels": "exemplar_condition",

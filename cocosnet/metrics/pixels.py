@@ -95,28 +95,45 @@ class SSIM(PairMean):
         return ssim_map(output_B3HW, target_B3HW).mean(dim=(1, 2, 3))
 
 
-class WarpL1(L1):
+class Warped:
+    """The warp is compared at the target's size: a coarser one (Table 4's shorter pyramids) is enlarged to it first."""
+
+    needs = ("warp", "target")
+    same_size = False
+
+    def check(self, warp: Tensor, target: Tensor) -> None:
+        """As `Metric.check`, of the target; the warp will have its size."""
+        super().check(target, target)
+
+    def _add(self, warp: Tensor, target: Tensor) -> list[float | None]:
+        if warp.shape != target.shape:
+            enlarged = F.interpolate(warp.float(), size=target.shape[-2:], mode="bilinear", antialias=True)
+            warp = enlarged.round().clamp(0, 255).byte()
+        return super()._add(warp, target)
+
+
+ENLARGED = "; a warp of another size is first brought to the target's (bilinear, antialiased, rounded)"
+
+
+class WarpL1(Warped, L1):
     """L1 of the warped exemplar (the record's "warp") against the target, as in Tables 4 and 5 but in [0,1]."""
 
     name = "warp_l1"
-    protocol = L1.protocol.replace("l1:", "warp_l1:").replace("output", "warp")
-    needs = ("warp", "target")
+    protocol = L1.protocol.replace("l1:", "warp_l1:").replace("output", "warp") + ENLARGED
 
 
-class WarpPSNR(PSNR):
+class WarpPSNR(Warped, PSNR):
     """PSNR of the warped exemplar against the target, in dB (Tables 4 and 5)."""
 
     name = "warp_psnr"
-    protocol = PSNR.protocol.replace("psnr:", "warp_psnr: warp against target,")
-    needs = ("warp", "target")
+    protocol = PSNR.protocol.replace("psnr:", "warp_psnr: warp against target,") + ENLARGED
 
 
-class WarpSSIM(SSIM):
+class WarpSSIM(Warped, SSIM):
     """SSIM of the warped exemplar against the target (Tables 4 and 5)."""
 
     name = "warp_ssim"
-    protocol = SSIM.protocol.replace("ssim:", "warp_ssim: warp against target,")
-    needs = ("warp", "target")
+    protocol = SSIM.protocol.replace("ssim:", "warp_ssim: warp against target,") + ENLARGED
 
 
 def ssim_map(first_B3HW: Tensor, second_B3HW: Tensor) -> Tensor:

@@ -59,7 +59,8 @@ def build_networks(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         model = initial_model(config, init)
-        mapping = Mapping(config.model.encoder.out_widths) if config.model.kind == "cocosnet-v2" else None
+        widths = config.model.encoder.out_widths[: config.model.matched_levels]
+        mapping = Mapping(widths) if config.model.kind == "cocosnet-v2" else None
         discriminator = Discriminator(config.data.condition_channels, config.model.discriminator)
     model, discriminator = _placed(model, device), _placed(discriminator, device)
     mapping = mapping if mapping is None else _placed(mapping, device)

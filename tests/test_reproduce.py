@@ -1,0 +1,108 @@
+"""`cocosctl reproduce`: a whole table at small size, baselines included; all tables' rows as configs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from train_tools import prepared_folder
+
+from cocosctl.app import run
+from cocosnet.reproduce import table_cells, table_names
+
+# The tiny-cpu preset's shapes, on top of the table's own rows.
+SMALL = (
+    "data.task=edge", "data.size=40", "data.edges=image", "model.encoder.levels=3", "model.encoder.stem_width=8",
+    "model.encoder.widths=[8, 8, 8]", "model.encoder.spade_hidden=8", "model.matching.channels=8",
+    "model.matching.candidates=4", "model.matching.iterations=2", "model.matching.hidden=8",
+    "model.translator.widths=[8, 8, 8]", "model.translator.blocks=[1, 1, 1]", "model.translator.spade_hidden=8",
+    "model.translator.code_size=8", "model.discriminator.width=8", "model.discriminator.layers=3",
+    "loss.perceptual=none", "train.images=4", "train.batch=2", "train.precision=fp32", "train.workers=0",
+    "train.save_images=4", "train.sample_images=4", "train.log_images=2",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("datasets")
+    prepared_folder(folder / "deepfashion")
+    return folder
+
+
+def learned(stats):
+    """The lines of a run that tell of steps."""
+    return [line for line in stats.read_text().splitlines() if "note" not in line]
+
+
+def reproduce(table, data, output, *more):
+    changes = [word for change in SMALL for word in ("--set", change)]
+    return run(["reproduce", table, "--data", str(data), "-o", str(output), "--device", "cpu", *changes, *more])
+
+
+def test_a_table_is_trained_translated_and_measured_and_not_made_twice(data, tmp_path, capsys):
+    options = ("--datasets", "deepfashion", "--metrics", "swd,psnr")
+    assert reproduce("table1", data, tmp_path, *options, "--json") == 0
+    table = json.loads(capsys.readouterr().out)
+    assert [row["title"] for row in table["rows"]] == ["SPADE", "CoCosNet", "CoCosNet v2"]
+    for row in table["rows"]:
+        assert row["result"]["count"] == 2 and row["result"]["metrics"]["swd"]["value"] > 0
+        assert (tmp_path / "deepfashion" / row["row"] / "model.safetensors").is_file()
+    values = [row["result"]["metrics"]["psnr"]["value"] for row in table["rows"]]
+    assert len(set(values)) == 3
+    assert json.loads((tmp_path / "table1.json").read_text()) == table
+    assert "| deepfashion | SPADE |" in (tmp_path / "table1.md").read_text()
+    before = learned(tmp_path / "deepfashion/full/stats.jsonl")
+    assert reproduce("table1", data, tmp_path, *options, "--json") == 0
+    again = json.loads(capsys.readouterr().out)
+    assert [row["result"]["metrics"]["psnr"]["value"] for row in again["rows"]] == values
+    assert learned(tmp_path / "deepfashion/full/stats.jsonl") == before
+
+
+@pytest.mark.parametrize("table", ["table4", "table5"])
+def test_the_ablations_measure_warps(data, tmp_path, capsys, table):
+    """Three levels here, so Table 4's third row is the full model's shape."""
+    assert reproduce(table, data, tmp_path) == 0
+    assert f"# {table}: " in capsys.readouterr().out
+    rows = json.loads((tmp_path / f"{table}.json").read_text())["rows"]
+    assert len(rows) == 4 and rows[-1]["paper"]["warp_l1"] == {"table4": 77.84, "table5": 81.97}[table]
+    found = [row["result"]["metrics"] for row in rows]
+    assert all(0 < row["warp_l1"]["value"] < 1 and -1 < row["warp_ssim"]["value"] < 1 for row in found)
+    assert len({row["warp_psnr"]["value"] for row in found[:3]}) == 3
+
+
+def test_every_row_of_every_table_is_a_config_of_its_own(tmp_path):
+    """At full size, on every dataset; a run's folder stands for one config in all tables."""
+    names = {"deepfashion", "metfaces", "ade20k", "ade20k-outdoor"}
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.jsonl").write_text("")
+    assert table_names() == [f"table{number}" for number in range(1, 6)]
+    configs = {}
+    for table in table_names():
+        cells = table_cells(table, tmp_path, tmp_path)
+        assert {cell.dataset for cell in cells} <= names
+        for cell in cells:
+            assert len(cell.paper) <= len(cell.metrics)
+            assert configs.setdefault(cell.run, cell.config) == cell.config  # a run is one model, whatever the table
+    assert len(configs) == 4 * 3 + 3 + 3
+    assert len({repr(config) for config in configs.values()}) == 3 * 3 + 3 + 3  # ADE20K and its subset train alike
+
+
+def test_the_training_of_a_row_is_a_command(data, tmp_path, capsys):
+    assert reproduce("table5", data, tmp_path / "none", "--dry-run") == 0
+    commands = capsys.readouterr().out.splitlines()
+    assert len(commands) == 4 and commands[0].startswith("cocosctl train deepfashion-512 --data ")
+    assert "--set model.matching.refinement=none" in commands[0] and not (tmp_path / "none").exists()
+
+
+def test_what_is_not_there_is_named_before_work_starts(data, tmp_path, capsys):
+    for arguments, code, said in (
+        (("table9", data, tmp_path), 3, "the tables are table1"),
+        (("table1", data, tmp_path), 3, "metfaces"),
+        (("table1", data, tmp_path, "--datasets", "cats"), 3, "no dataset 'cats'"),
+        (("table1", data, tmp_path, "--datasets", "deepfashion", "--metrics", "swd,nope"), 3, "no metric is called"),
+    ):
+        assert reproduce(*arguments) == code
+        error = capsys.readouterr().err
+        assert said in error and len(error.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
