@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,10 @@ from cocosctl.output import Output
 from cocosnet.config import Config, config_to_dict, config_to_yaml, load_config
 
 SECONDS_BETWEEN_LINES = 10.0
+_TOLD_APART = (  # what the status line has in words of its own
+    *("images", "of", "seconds", "images_per_second", "seconds_left"),
+    *("lr_g", "lr_d", "memory_mib", "data_wait"),
+)
 
 
 def train(
@@ -22,6 +27,9 @@ def train(
     data: Annotated[Path, Option("--data", metavar="DIR", show_default=False, help="A folder made by `prepare`.")],
     output: Annotated[Path, Option("--output", "-o", metavar="RUN", show_default=False, help="The run's folder.")],
     overrides: options.Set = None,
+    resume: Annotated[
+        str, Option("--resume", metavar="auto|never|FILE", help="Go on from the newest valid state, none, or this one.")
+    ] = "auto",
     device: options.Device = "auto",
     seed: options.Seed = None,
     workers: options.Workers = None,
@@ -33,19 +41,20 @@ def train(
     """Train a model on a prepared dataset.
 
     RUN gets the resolved config, checkpoints, stats.jsonl, sample grids and, at its end, model.safetensors. The same
-    command goes on from the last checkpoint; Ctrl-C and SIGTERM save one first and exit with 75.
+    command goes on from the last checkpoint; Ctrl-C, SIGTERM and SIGUSR1 save one first and exit with 75.
+    --dry-run tells the resolved config, the networks' sizes, and how much memory and time one process will need.
     """
     out = Output(as_json, quiet, verbose)
     named = {"seed": seed, "workers": workers}
     flags = [f"train.{key}={value}" for key, value in named.items() if value is not None]
     resolved = load_config(config, (overrides or []) + flags)
     if dry_run:
-        _describe(resolved, out)
+        _describe(resolved, device, out)
         return
     from cocosnet.checkpoint import resolve_device
     from cocosnet.train.trainer import Trainer
 
-    trainer = Trainer(resolved, data, output, resolve_device(device), on_tick=_Ticker(out))
+    trainer = Trainer(resolved, data, output, resolve_device(device), on_tick=_Ticker(out), resume=resume)
     model = trainer.train()
     if trainer.ranks.writes:
         out.row({"model": str(model)}, str(model))
@@ -62,20 +71,40 @@ class _Ticker:
             self.out.row(tick, "")
         elif time.monotonic() - self.told > SECONDS_BETWEEN_LINES or tick["images"] >= tick["of"]:
             self.told = time.monotonic()
-            self.out.note(
-                "  ".join(
-                    f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                    for name, value in tick.items()
-                )
-            )
+            self.out.note(_status(tick))
 
 
-def _describe(config: Config, out: Output) -> None:
-    """The resolved config to stdout, and how large the networks are: in the same object with --json, else on stderr."""
-    counts = _parameter_counts(config)
-    out.row({"config": config_to_dict(config), "parameters": counts}, config_to_yaml(config).rstrip())
+def _status(tick: dict[str, Any]) -> str:
+    """One line of a tick: progress and speed, losses and measures, rates, memory, the wait for data, the time left."""
+    line = [f"{tick['images']:,}/{tick['of']:,} images", f"{tick['images_per_second']:.3g}/s"]
+    line += [f"{name} {value:.4g}" for name, value in tick.items() if name not in _TOLD_APART]
+    left = timedelta(seconds=round(tick["seconds_left"]))
+    return "  ".join(
+        [
+            *line,
+            f"lr {tick['lr_g']:.3g}/{tick['lr_d']:.3g}",
+            f"memory {tick['memory_mib'] / 1024:.2f} GiB",
+            f"data wait {tick['data_wait']:.0%}",
+            f"left {left}",
+        ]
+    )
+
+
+def _describe(config: Config, device: str, out: Output) -> None:
+    """The resolved config to stdout, and sizes, memory and time: in the same object with --json, else on stderr."""
+    from cocosnet.checkpoint import resolve_device
+    from cocosnet.train.estimate import estimate
+
+    counts, needs = _parameter_counts(config), estimate(config, resolve_device(device))
+    values = {"config": config_to_dict(config), "parameters": counts, "estimate": needs}
+    out.row(values, config_to_yaml(config).rstrip())
     if not out.as_json:
         out.note(", ".join(f"{name} {count:,} parameters" for name, count in counts.items()))
+        taken = timedelta(seconds=round(needs["seconds_per_1000_images"]))
+        out.note(
+            f"about {needs['memory_mib'] / 1024:.2f} GiB, and {taken} for 1,000 images, in this process; from one "
+            f"picture of {needs['probe_size']} px on {needs['device']}"
+        )
 
 
 def _parameter_counts(config: Config) -> dict[str, int]:

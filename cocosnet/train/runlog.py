@@ -64,6 +64,10 @@ class TensorBoard:
         """Add a picture, 3,H,W in [-1, 1]."""
         self._writer.add_image("samples", (grid.clamp(-1, 1) + 1) / 2, images)
 
+    def close(self) -> None:
+        """Write what is left; nothing can be added afterwards."""
+        self._writer.close()
+
 
 class Averages:
     """Means of named scalars (tensors that stay on their device) since the last `take`; NaN entries are left out."""

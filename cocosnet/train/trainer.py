@@ -25,6 +25,7 @@ from cocosnet.data.dataset import PairDataset
 from cocosnet.data.images import save_image, to_image
 from cocosnet.errors import CheckpointError, CocosError, ConfigError, Stopped
 from cocosnet.files import atomic_path, atomic_write
+from cocosnet.model.cocosnet import Output
 from cocosnet.train.batches import Batch, StepBatches, make_sample, stack, step_generator
 from cocosnet.train.distributed import Ranks
 from cocosnet.train.ema import Ema
@@ -192,8 +193,12 @@ class Trainer:
     def validate(self) -> None:
         """Measure the averaged model on the held-out pairs; the best one so far is kept as RUN/best.safetensors."""
         model, train = self.ema.settled(), self.config.train
-        with self.networks.autocast():
-            values = validate(model, self.held_out, self.config, self.device)
+
+        def run(*inputs: torch.Tensor) -> Output:
+            with self.networks.autocast():  # the networks alone: measures are float32
+                return model(*inputs)
+
+        values = validate(run, self.held_out, self.config, self.device)
         self._log(values)
         value = values[f"val_{train.val_metric}"]
         if value < self.best:

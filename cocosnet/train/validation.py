@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor
 from cocosnet.config import Config
 from cocosnet.data.dataset import PairDataset
 from cocosnet.metrics.registry import get_metric
-from cocosnet.model.build import Model
+from cocosnet.model.cocosnet import Output
 from cocosnet.train.batches import Batch, make_sample, stack, step_generator
 from cocosnet.train.steps import warp_error
 
@@ -21,8 +21,10 @@ STRUCTURE = 64  # px, size at which the outlines of two pictures are compared, s
 
 
 @torch.no_grad()
-def validate(model: Model, pairs: PairDataset, config: Config, device: torch.device) -> dict[str, float]:
-    """Measure `model` (in evaluation mode) on the first `train.val_pairs` pairs, the same way every time.
+def validate(
+    model: Callable[..., Output], pairs: PairDataset, config: Config, device: torch.device
+) -> dict[str, float]:
+    """Measure `model` (called as one, in evaluation mode) on the first `train.val_pairs` pairs, always alike.
 
     Returns, by name (NaN where there is nothing to measure it on):
         val_warp_psnr: dB, the finest warp of a pseudo exemplar against x_B.
@@ -85,7 +87,7 @@ def _batches(pairs: PairDataset, config: Config) -> Iterator[tuple[Batch, Batch]
         )
 
 
-def _heed(model: Model, batch: Batch, image: Tensor) -> Tensor:
+def _heed(model: Callable[..., Output], batch: Batch, image: Tensor) -> Tensor:
     """Each condition with the next one's exemplar: by how much that changes its output. Returns B, or none alone."""
     if len(image) < 2:
         return image.new_zeros(0)

@@ -1,0 +1,150 @@
+"""What a run tells of itself: presets, what it will need, status lines, validation, and from where it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from train_tools import prepared_folder, tiny
+
+from cocosctl.train import _status
+from cocosnet.checkpoint import read_metadata
+from cocosnet.config import PRESET_FOLDER, LossConfig, load_config, preset_names
+from cocosnet.errors import CheckpointError, ConfigError
+from cocosnet.train.estimate import estimate
+from cocosnet.train.runlog import TensorBoard
+from cocosnet.train.trainer import Trainer
+from cocosnet.train.validation import copied
+
+PAPER = {
+    "deepfashion-512": ("pose", 512),
+    "metfaces-512": ("edge", 512),
+    "metfaces-1024": ("edge", 1024),
+    "ade20k": ("mask", 256),
+    "ade20k-outdoor": ("mask", 256),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return prepared_folder(tmp_path_factory.mktemp("prepared"), count=9, held_out=4)
+
+
+@pytest.fixture(scope="module")
+def watched(data, tmp_path_factory):
+    run, ticks = tmp_path_factory.mktemp("watched"), []
+    config = tiny("train.val_images=4", "train.val_pairs=4", "train.level_warmup=4", "train.precision=bf16")
+    Trainer(config, data, run, "cpu", ticks.append).train()
+    return run, ticks
+
+
+def test_there_is_a_preset_for_each_setting_of_the_paper_with_its_resolution():
+    assert set(PAPER) | {"portraits", "facades", "tiny-cpu", "demo"} <= set(preset_names())
+    for name, (task, size) in PAPER.items():
+        config = load_config(name)
+        assert (config.data.task, config.data.size) == (task, size)
+        assert size >> (config.model.encoder.levels - 1) == 64  # the coarsest level of Figure 7
+        assert (config.train.lr_g, config.train.lr_d, config.train.beta1, config.train.beta2) == (1e-4, 4e-4, 0, 0.999)
+        written = (PRESET_FOLDER / f"{name}.yaml").read_text().split("loss:")[1]
+        weights = {field.name for field in dataclasses.fields(LossConfig)} - {"iteration_decay"}
+        assert all(f"  {weight}:" in written for weight in weights)
+
+
+@pytest.mark.parametrize("wrong", ["clip=-1", "accumulate=0", "val_metric=swdd", "real_exemplars=1.5", "levelwarmup=3"])
+def test_a_setting_that_cannot_be_is_refused_by_name(wrong):
+    with pytest.raises(ConfigError, match="train.*(must|did you mean|probability)"):
+        tiny(f"train.{wrong}")
+
+
+def test_what_a_run_needs_is_told_beforehand_and_grows_with_the_picture_and_the_batch():
+    small, large, many = (
+        estimate(tiny(*settings), torch.device("cpu")) for settings in ((), ("data.size=64",), ("train.batch=8",))
+    )
+    assert small["images_at_once"] == 2 and many["images_at_once"] == 8
+    assert small["memory_mib"] < large["memory_mib"] and small["memory_mib"] < many["memory_mib"]
+    assert small["seconds_per_1000_images"] > 0
+
+
+def test_activations_that_are_computed_again_are_not_kept():
+    kept, again = (
+        estimate(tiny("data.size=64", "train.batch=32", f"train.checkpointing={flag}"), torch.device("cpu"))[
+            "memory_mib"
+        ]
+        for flag in ("false", "true")
+    )
+    assert again < 0.8 * kept
+
+
+def test_validation_is_logged_and_the_best_model_kept(watched):
+    run, ticks = watched
+    lines = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+    found = [line for line in lines if "val_swd" in line]
+    assert [line["images"] for line in found] == [4, 8]
+    for line in found:
+        assert set(line) == {"images", "val_warp_psnr", "val_warp_gain", "val_swd", "val_copy", "val_heed"}
+        assert all(isinstance(value, (int, float)) for value in line.values())
+    least = min(found, key=lambda line: line["val_swd"])
+    metadata = read_metadata(run / "best.safetensors")
+    assert metadata["cocosctl.images"] == str(least["images"])
+    assert float(metadata["cocosctl.val_swd"]) == pytest.approx(least["val_swd"], rel=1e-5)
+    assert all(
+        {"data_wait", "grad_norm", "disc_grad_norm", "memory_mib"} <= set(line) for line in lines if "total" in line
+    )
+
+
+def test_the_status_line_says_what_one_looks_for(watched):
+    line = _status(watched[1][-1])
+    for part in (
+        "8/8 images",
+        "/s",
+        "total ",
+        "grad_norm ",
+        "lr 0.0001/0.0004",
+        "memory ",
+        "data wait ",
+        "left 0:00:00",
+    ):
+        assert part in line, part
+    assert "\n" not in line
+
+
+def test_the_watch_on_copying_tells_a_copy_from_the_truth():
+    generator = torch.Generator().manual_seed(0)
+    target, exemplar = (torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1 for _ in range(2))
+    assert copied(exemplar, target, exemplar) == pytest.approx([1, 1], abs=1e-5)
+    assert copied(target, target, exemplar) == pytest.approx([0, 0], abs=1e-5)
+    half = copied((target + exemplar) / 2, target, exemplar)
+    assert ((half > 0.2) & (half < 0.9)).all()
+
+
+def test_from_where_a_run_goes_on_can_be_said(data, tmp_path):
+    Trainer(tiny(), data, tmp_path / "run", "cpu").train()
+    with pytest.raises(ConfigError, match="holds a run already"):
+        Trainer(tiny(), data, tmp_path / "run", "cpu", resume="never").train()
+    earlier = tmp_path / "run" / "checkpoints" / "state-000000004.pt"
+    with pytest.raises(ConfigError, match="state-000000008.pt: is newer"):
+        Trainer(tiny(), data, tmp_path / "run", "cpu", resume=earlier).train()
+    Trainer(tiny(), data, tmp_path / "other", "cpu", resume=earlier).train()
+    ours, theirs = (
+        torch.load(tmp_path / run / "checkpoints" / "state-000000008.pt", weights_only=True)["model"]
+        for run in ("run", "other")
+    )
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    with pytest.raises(CheckpointError, match="nowhere.pt: damaged or missing"):
+        Trainer(tiny(), data, tmp_path / "third", "cpu", resume="nowhere.pt").train()
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = TensorBoard(tmp_path)
+    board.write(4, {"total": 1.5, "warp_psnr": float("nan")})
+    board.picture(4, torch.zeros(3, 8, 8))
+    board.close()
+    read = EventAccumulator(str(tmp_path))
+    read.Reload()
+    assert [(event.step, event.value) for event in read.Scalars("total")] == [(4, 1.5)]
+    assert read.Tags()["scalars"] == ["total"] and read.Tags()["images"] == ["samples"]
