@@ -1,8 +1,10 @@
-"""`cocosctl weights`: what is where."""
+"""`cocosctl weights`: what is where, and the authors' released weights."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -33,6 +35,37 @@ def list_weights(as_json: options.Json = False, quiet: options.Quiet = False) ->
         row = dataclasses.asdict(weight) | {"path": str(found) if found else None}
         out.row(row, _line(weight.name, weight.size, str(found) if found else f"absent; needed by: {weight.used_by}"))
     out.note("searched: " + ", ".join(map(str, weights.search_folders())))
+
+
+@app.command("import")
+def import_weights(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILES", show_default=False, help="Corr and G, and D at will.")
+    ],
+    name: Annotated[str, typer.Option("--as", metavar="NAME", show_default=False, help="What to call the model.")],
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Convert the authors' CoCosNet v2 release (.pth or .safetensors) to a checkpoint that `--weights NAME` takes.
+
+    Nothing but plain tensors is read from a .pth file. What does not fit is listed, and nothing is written.
+    """
+    from cocosnet.checkpoint import SHIPPED, imported_folder, save_model
+    from cocosnet.convert import convert_release
+
+    if not name or name in SHIPPED or name != Path(name).name or name.startswith("."):
+        raise typer.BadParameter(f"{name!r}: a name of one's own, without folders", param_hint="--as")
+    path = imported_folder() / f"{name}.safetensors"
+    if path.exists() and not overwrite:
+        raise typer.BadParameter(f"{path} is there already; choose another name or --overwrite", param_hint="--as")
+    out, model = Output(as_json, quiet), convert_release(files)
+    save_model(
+        path, model, {"cocosctl.source": "the authors' CoCosNet v2 release: " + ", ".join(f.name for f in files)}
+    )
+    size = path.stat().st_size
+    out.row({"name": name, "path": str(path), "size": size, "used_by": f"--weights {name}"}, str(path))
+    out.note(f"use it as --weights {name} ({size / 1e6:.0f} MB)")
 
 
 def _line(name: str, size: int, where: str) -> str:

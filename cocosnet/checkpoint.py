@@ -20,6 +20,7 @@ from cocosnet.config import Config, config_from_dict, config_to_dict
 from cocosnet.errors import CheckpointError, ConfigError, MissingDependency, MissingWeights
 from cocosnet.files import atomic_path
 from cocosnet.model.build import Model, build_model
+from cocosnet.weights import search_folders
 
 CONFIG_KEY = "cocosctl.config"
 ASSET_FOLDER = Path(__file__).parent / "assets"
@@ -69,6 +70,9 @@ def find_checkpoint(weights: str | Path) -> Path:
     shipped = ASSET_FOLDER / f"{weights}.safetensors"
     if str(weights) in SHIPPED and shipped.is_file():
         return shipped
+    imported = imported_folder() / f"{weights}.safetensors"
+    if str(weights) == Path(weights).name and not Path(weights).exists() and imported.is_file():
+        return imported
     path = Path(weights)
     if path.is_dir() and (path / "model.safetensors").is_file():
         return path / "model.safetensors"
@@ -78,6 +82,11 @@ def find_checkpoint(weights: str | Path) -> Path:
             f"`cocosctl train`, or a shipped name: {', '.join(SHIPPED)}"
         )
     return path
+
+
+def imported_folder() -> Path:
+    """Where `cocosctl weights import` puts checkpoints, which can then be called by name: the first weights folder."""
+    return search_folders()[0] / "cocosctl"
 
 
 def read_checkpoint(path: Path) -> tuple[Config, dict[str, Tensor]]:
@@ -132,15 +141,20 @@ def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     )  # levels share a refinement; a file must not share memory
 
 
-def _check_fit(path: Path, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """List what is missing, unexpected or of another shape; a checkpoint that does not fit is an error."""
+def fit_faults(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
+    """What is missing, unexpected or of another shape, a text each."""
     faults = [f"missing {name}" for name in wanted if name not in found]
     faults += [f"unexpected {name}" for name in found if name not in wanted]
-    faults += [
+    return faults + [
         f"{name} is {tuple(found[name].shape)}, expected {tuple(wanted[name].shape)}"
         for name in wanted
         if name in found and found[name].shape != wanted[name].shape
     ]
+
+
+def _check_fit(path: Path, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """Refuse a checkpoint that does not fit, with what is wrong."""
+    faults = fit_faults(wanted, found)
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise CheckpointError(f"{path}: does not fit its config: {'; '.join(faults[:3])}{more}")

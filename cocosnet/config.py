@@ -112,6 +112,7 @@ class MatchingConfig:
     checkpoint: bool = False  # training computes the refinement twice instead of keeping its activations: less memory
     max_step: float = 3.0  # px of the level, bound of one update dH (ours: dH = max_step * tanh)
     levels: int = 0  # levels that are matched, counted from the coarsest (Table 4); 0: all of the pyramid
+    compat: str = "none"  # the authors' release: release (its arithmetic), release-fixed (two defects mended), or none
     share_levels: bool = True  # one refinement module for all levels, as the release does; off: one a level
 
 
@@ -361,6 +362,7 @@ def _check(config: Config) -> None:
     _one_of("prepare.kind", config.prepare.kind, ("index", "colours", "ade20k-full", "celeba-parts"))
     _require(0 <= config.prepare.pad_value <= 255, "prepare.pad_value must be in 0..255")
     _one_of("model.matching.refinement", matching.refinement, ("gru", "conv", "none"))
+    _one_of("model.matching.compat", matching.compat, ("none", "release", "release-fixed"))
     _one_of("model.matching.backend", matching.backend, ("auto", "reference", "compiled", "exact"))
     _one_of("loss.perceptual", config.loss.perceptual, ("vgg19", "vgg16-caffe", "none"))
     _one_of("train.precision", config.train.precision, ("auto", "fp32", "bf16"))

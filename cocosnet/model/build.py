@@ -5,10 +5,13 @@ from __future__ import annotations
 from cocosnet.config import Config
 from cocosnet.model.baselines import Spade
 from cocosnet.model.cocosnet import CoCosNet
+from cocosnet.model.release import ReleaseCoCosNet
 
-Model = CoCosNet | Spade  # called alike, and returning the same Output
+Model = CoCosNet | Spade | ReleaseCoCosNet  # called alike, and returning the same Output
 
 
 def build_model(config: Config) -> Model:
-    """A freshly initialised network of `model.kind`."""
+    """A freshly initialised network of `model.kind`, or the release's where `model.matching.compat` asks for it."""
+    if config.model.matching.compat != "none":
+        return ReleaseCoCosNet(config)
     return Spade(config) if config.model.kind == "spade" else CoCosNet(config)

@@ -65,7 +65,7 @@ class CoCosNet(nn.Module):
         features_y = self.encode_image(y_b, exemplar_condition)  # Eq. 2
         levels = self.hierarchy(features_x, features_y, downsample(y_b, self.finest))  # Eq. 3-8
         image = self.translate([level.warps[-1] for level in levels], x_a)  # Eq. 9-10
-        return _crop(image, levels, features_x, features_y, size, exemplar.shape[-2:], self.finest)
+        return crop_output(image, levels, features_x, features_y, size, exemplar.shape[-2:], self.finest)
 
     def encode_condition(self, condition: Tensor) -> list[Tensor]:
         """M_A, Eq. 1: L maps of unit vectors, coarse to fine."""
@@ -109,7 +109,7 @@ def check_inputs(
     return condition.shape[-2:]
 
 
-def _crop(
+def crop_output(
     image: Tensor,
     levels: list[Level],
     features_x: list[Tensor],

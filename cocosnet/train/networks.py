@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from cocosnet.checkpoint import find_checkpoint, load_tensors
 from cocosnet.config import Config
+from cocosnet.errors import ConfigError
 from cocosnet.losses.perceptual import Vgg, load_perceptual
 from cocosnet.model.build import Model, build_model
 from cocosnet.model.discriminator import Discriminator
@@ -71,8 +72,11 @@ def initial_model(config: Config, init: str = "") -> Model:
     """A fresh model, or one with the weights of the checkpoint `init` (a file or a shipped name) of the same shapes.
 
     Raises:
+        ConfigError: the config asks for the release's networks, whose spectral norms are folded in.
         MissingWeights, CheckpointError: there is no such checkpoint, or it does not fit this config.
     """
+    if config.model.matching.compat != "none":
+        raise ConfigError("model.matching.compat: the release's networks are for use only; train with compat none")
     model = build_model(config)
     if init:
         load_tensors(model, find_checkpoint(init))

@@ -1,0 +1,248 @@
+"""The release's matching, level by level: its search, its GRU and its soft warp, with its arithmetic.
+
+Positions are kept as the release keeps them, as offsets (rows, columns) from a pixel's own place. An offset becomes a
+flat index `row * width + column` in floats, which is then cut to an integer: so a fraction of a row moves a match by
+columns. `compat: release-fixed` rounds rows and columns apart, and drops duplicates before the best are kept.
+
+Shapes: B batch, C channels, K candidates, h w the condition's map, H W the exemplar's map.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cocosnet.config import MatchingConfig
+from cocosnet.model.exact import exact_top_k, exact_warp
+from cocosnet.model.hierarchy import Level
+from cocosnet.model.matches import Matches
+from cocosnet.model.patchmatch import best_first, drop_duplicates
+from cocosnet.model.warp import downsample, pixel_grid
+
+WINDOW = (-2.0, 0.0, 2.0, 4.0)  # px, rows and columns around twice the coarser level's best match
+ORDERS = {"horizontal-first": (-1, -2), "vertical-first": (-2, -1)}  # axes of an iteration's two passes
+MOTION = 64  # channels of the motion encoder's and the head's hidden layers
+
+
+class ReleaseHierarchy(nn.Module):
+    """Coarse level exactly, then `iterations` of search and refinement a level. `widths`: channels, coarse to fine."""
+
+    def __init__(self, widths: Sequence[int], config: MatchingConfig):
+        super().__init__()
+        self.theta = nn.ModuleList(nn.Conv2d(width, config.channels, 1) for width in widths)
+        self.phi = nn.ModuleList(nn.Conv2d(width, config.channels, 1) for width in widths)
+        self.patch_match = ReleasePatchMatch(config)
+        self.temperature, self.iterations = config.temperature, config.iterations
+
+    def forward(
+        self,
+        features_x: Sequence[Tensor],
+        features_y: Sequence[Tensor],
+        exemplar: Tensor,
+        orders: Sequence[str] | None = None,
+    ) -> list[Level]:
+        """features: maps B,C_l,.. of unit vectors, coarse to fine; exemplar B,3,H,W; orders as for the model."""
+        axes, levels = self._axes(orders), []
+        for index, (x, y) in enumerate(zip(features_x, features_y)):
+            x, y = _unit(self.theta[index](x)), _unit(self.phi[index](y))
+            picture = downsample(exemplar, 2 ** (len(self.theta) - 1 - index))
+            if index == 0:
+                levels.append(Level(exact_top_k(x, y, 1), [exact_warp(x, y, picture, self.temperature)]))
+                continue
+            mine = axes[(index - 1) * self.iterations : index * self.iterations]
+            levels.append(self.patch_match(self.first_offsets(levels[-1].matches), x, y, picture, mine))
+        return [Level(best_first(level.matches), level.warps) for level in levels]
+
+    def first_offsets(self, coarse: Matches) -> Tensor:
+        """What a level starts from. The release takes the coarser level's first slot, which the last refinement moved;
+        `release-fixed` takes its best one."""
+        return window_offsets(best_first(coarse) if self.patch_match.fixed else coarse)
+
+    def _axes(self, orders: Sequence[str] | None) -> list[tuple[int, int]]:
+        count = self.iterations * (len(self.theta) - 1)
+        orders = ["horizontal-first"] * count if orders is None else list(orders)
+        if len(orders) != count or not set(orders) <= set(ORDERS):
+            raise ValueError(f"propagation_orders: expected {count} of {', '.join(ORDERS)}, got {orders}")
+        return [ORDERS[order] for order in orders]
+
+
+class ReleasePatchMatch(nn.Module):
+    """The search and the refinement that all finer levels share."""
+
+    def __init__(self, config: MatchingConfig):
+        super().__init__()
+        self.temperature, self.fixed = config.temperature, config.compat == "release-fixed"
+        hidden = config.hidden
+        self.initial_layer = nn.Sequential(
+            nn.Conv2d(2 * config.channels, hidden, 3, padding=1), InstanceNorm(), nn.ReLU(),
+            nn.Conv2d(hidden, hidden, 3, padding=1), InstanceNorm(), nn.ReLU(),
+        )  # fmt: skip
+        self.refine_net = ReleaseRefinement(config.candidates, hidden)
+
+    def forward(
+        self, offsets: Tensor, x: Tensor, y: Tensor, exemplar: Tensor, axes: Sequence[tuple[int, int]]
+    ) -> Level:
+        """offsets B,K,2,h,w; x B,C,h,w and y B,C,H,W unit vectors; exemplar B,3,H,W. One order of axes an iteration."""
+        state = self.initial_layer(torch.cat([x, _as_large(y, x)], dim=1))
+        for order in axes:
+            for axis in order:
+                offsets, weights = self.keep_best(neighbours(offsets, axis), x, y, offsets.shape[1])
+            state, step = self.refine_net(state, weights, offsets)
+            offsets = offsets + step
+        rows, columns = self.indices(offsets, y.shape[-2:])
+        scores = similarity(x, y, rows * y.shape[-1] + columns)
+        weights = torch.softmax(scores / self.temperature, dim=1)
+        warp = (_gather(exemplar, rows * y.shape[-1] + columns) * weights.unsqueeze(1)).sum(2)
+        return Level(Matches(torch.stack([rows, columns], dim=2).float(), scores), [warp])
+
+    def keep_best(self, offsets: Tensor, x: Tensor, y: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` offsets (of B,N,2,h,w) whose pixels are most similar, and their softmax weights among all N."""
+        rows, columns = self.indices(offsets, y.shape[-2:])
+        scores = similarity(x, y, rows * y.shape[-1] + columns)
+        if self.fixed:
+            scores = drop_duplicates(torch.stack([rows, columns], dim=2).float(), scores)
+        weights, order = torch.softmax(scores / self.temperature, dim=1).topk(count, dim=1)
+        places = torch.stack([rows.gather(1, order), columns.gather(1, order)], dim=2)
+        return places - pixel_grid(*offsets.shape[-2:], offsets.device), weights
+
+    def indices(self, offsets: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
+        """Offsets to integer rows and columns (B,K,h,w each) inside a map of `size`."""
+        place = offsets + pixel_grid(*offsets.shape[-2:], offsets.device)
+        rows, columns = place[:, :, 0].clamp(0, size[0] - 1), place[:, :, 1].clamp(0, size[1] - 1)
+        if self.fixed:
+            return rows.round().long(), columns.round().long()
+        flat = (rows * size[1] + columns).long()
+        return flat // size[1], flat % size[1]
+
+
+class ReleaseRefinement(nn.Module):
+    """The update block: softmax weights and raw offsets to a state, and from it to steps of all candidates."""
+
+    def __init__(self, candidates: int, hidden: int):
+        super().__init__()
+        self.encoder = _MotionEncoder(candidates, hidden)
+        self.gru = _SeparableGRU(hidden, hidden + 2 * candidates)
+        self.flow_head = _Head(hidden, 2 * candidates)
+
+    def forward(self, state: Tensor, weights: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """state B,hidden,h,w; weights B,K,h,w; offsets B,K,2,h,w. Returns the state and unbounded steps B,K,2,h,w."""
+        flow = offsets.transpose(1, 2).flatten(1, 2)  # all rows, then all columns
+        state = self.gru(state, self.encoder(weights, flow))
+        return state, self.flow_head(state).unflatten(1, (2, -1)).transpose(1, 2)
+
+
+class _MotionEncoder(nn.Module):
+    def __init__(self, candidates: int, hidden: int):
+        super().__init__()
+        self.convc1, self.convc2 = nn.Conv2d(candidates, MOTION, 1), nn.Conv2d(MOTION, MOTION, 3, padding=1)
+        self.convf1 = nn.Conv2d(2 * candidates, MOTION, 7, padding=3)
+        self.convf2 = nn.Conv2d(MOTION, MOTION, 3, padding=1)
+        self.conv = nn.Conv2d(2 * MOTION, hidden, 3, padding=1)
+
+    def forward(self, weights: Tensor, flow: Tensor) -> Tensor:
+        scores = F.relu(self.convc2(F.relu(self.convc1(weights))))
+        motion = F.relu(self.convf2(F.relu(self.convf1(flow))))
+        return torch.cat([F.relu(self.conv(torch.cat([scores, motion], dim=1))), flow], dim=1)
+
+
+class _SeparableGRU(nn.Module):
+    def __init__(self, hidden: int, inputs: int):
+        super().__init__()
+        for index, kernel in ((1, (1, 5)), (2, (5, 1))):
+            padding = (kernel[0] // 2, kernel[1] // 2)
+            for gate in "zrq":
+                setattr(self, f"conv{gate}{index}", nn.Conv2d(hidden + inputs, hidden, kernel, padding=padding))
+
+    def forward(self, state: Tensor, x: Tensor) -> Tensor:
+        for z_gate, r_gate, proposal in (
+            (self.convz1, self.convr1, self.convq1),
+            (self.convz2, self.convr2, self.convq2),
+        ):
+            both = torch.cat([state, x], dim=1)
+            z, r = torch.sigmoid(z_gate(both)), torch.sigmoid(r_gate(both))
+            state = (1 - z) * state + z * torch.tanh(proposal(torch.cat([r * state, x], dim=1)))
+        return state
+
+
+class _Head(nn.Module):
+    def __init__(self, hidden: int, outputs: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(hidden, MOTION, 3, padding=1)
+        self.conv2 = nn.Conv2d(MOTION, outputs, 3, padding=1)
+
+    def forward(self, state: Tensor) -> Tensor:
+        return self.conv2(F.relu(self.conv1(state)))
+
+
+class InstanceNorm(nn.Module):
+    """Each channel of each picture over its pixels, as PyTorch computes it; a map of one pixel stays."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B,C,h,w -> B,C,h,w."""
+        return F.instance_norm(x) if x.shape[-2] * x.shape[-1] > 1 else x
+
+
+def window_offsets(coarse: Matches) -> Tensor:
+    """The first offsets of a level: a 4x4 grid around twice the coarser level's first one, at every finer pixel.
+
+    coarse positions B,K,2,h,w -> B,16,2,2h,2w.
+    """
+    best = coarse.positions[:, :1] - pixel_grid(*coarse.positions.shape[-2:], coarse.positions.device)
+    steps = best.new_tensor([(row, column) for row in WINDOW for column in WINDOW]).view(1, -1, 2, 1, 1)
+    return (2 * best + steps).repeat_interleave(2, dim=-2).repeat_interleave(2, dim=-1)
+
+
+def neighbours(offsets: Tensor, axis: int) -> Tensor:
+    """The candidates of the previous neighbour along `axis`, one's own, the next one's: B,K,2,h,w -> B,3K,2,h,w.
+
+    Beyond the border there is offset 0.
+    """
+    size, nothing = offsets.shape[axis], torch.zeros_like(offsets.narrow(axis, 0, 1))
+    previous = torch.cat([nothing, offsets.narrow(axis, 0, size - 1)], dim=axis)
+    following = torch.cat([offsets.narrow(axis, 1, size - 1), nothing], dim=axis)
+    return torch.cat([previous, offsets, following], dim=1)
+
+
+def similarity(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
+    """Dot products of x (B,C,h,w) and y (B,C,H,W) at flat indices (B,N,h,w). Returns B,N,h,w.
+
+    Compiled on a CPU where numba loads, and never while a gradient is recorded or the graph is traced.
+    """
+    plain = x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling()
+    compiled = None if plain or x.dtype != torch.float32 else _compiled()
+    return reference_similarity(x, y, indices) if compiled is None else compiled(x, y, indices)
+
+
+@functools.cache
+def _compiled() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    try:
+        from cocosnet.model import release_compiled
+    except (ImportError, RuntimeError):  # absent, too old for this NumPy, or no folder for its cache
+        return None
+    return release_compiled.similarity
+
+
+def reference_similarity(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
+    """The definition of `similarity`, in plain PyTorch, a few candidates at a time."""
+    return torch.cat([(x.unsqueeze(2) * _gather(y, part)).sum(1) for part in indices.split(4, dim=1)], dim=1)
+
+
+def _gather(values: Tensor, indices: Tensor) -> Tensor:
+    """values B,C,H,W at flat indices B,N,h,w: B,C,N,h,w."""
+    flat = indices.flatten(1).unsqueeze(1).expand(-1, values.shape[1], -1)
+    return values.flatten(2).gather(2, flat).unflatten(2, indices.shape[1:])
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(x - x.mean(1, keepdim=True), dim=1)
+
+
+def _as_large(y: Tensor, x: Tensor) -> Tensor:
+    """The exemplar's features at the condition's size; the release has both of one size."""
+    if y.shape[-2:] == x.shape[-2:]:
+        return y
+    return F.interpolate(y, size=x.shape[-2:], mode="bilinear", align_corners=False)

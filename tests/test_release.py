@@ -1,0 +1,214 @@
+"""The authors' release: its checkpoints are imported, and every stage is compared with what the release computed."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from cli_tools import lines, run
+from safetensors.torch import load_file, save_file
+
+from cocosnet.checkpoint import load_model, save_model
+from cocosnet.convert import convert_release
+from cocosnet.errors import CheckpointError
+from cocosnet.model import release_matching
+
+
+@pytest.fixture(scope="module")
+def golden(shared) -> Path:
+    folder = shared / "golden" / "official_v2"
+    if not folder.is_dir():
+        pytest.skip(f"needs the golden case of {folder}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(golden):
+    return convert_release(golden / f"{name}.safetensors" for name in ("Corr", "G", "D"))
+
+
+@pytest.fixture(scope="module")
+def io(golden):
+    tensors = load_file(golden / "io.safetensors")
+    return tensors | {"condition": tensors["condition_u8"] / 255, "exemplar": tensors["exemplar_u8"] / 255 * 2 - 1}
+
+
+@torch.inference_mode()
+def test_encoder_features_are_the_releases(model, io):
+    for index, feature in enumerate(model.condition_encoder(io["condition"])):
+        step = max(1, feature.shape[-1] // 64)
+        expected = io[f"condition_feature_{index}"]
+        error = (feature[..., ::step, ::step] - expected).abs().max() / expected.abs().max()
+        assert error < 1e-4, index
+
+
+@torch.inference_mode()
+def test_discriminator_outputs_are_the_releases(model, io):
+    for scale, maps in enumerate(model.discriminator(io["condition"], io["fake_image"])):
+        for layer, found in enumerate(maps):
+            step = max(1, found.shape[-1] // 48)
+            torch.testing.assert_close(found[:, :8, ::step, ::step], io[f"disc_{scale}_{layer}"], atol=1e-4, rtol=0)
+
+
+@torch.inference_mode()
+def test_the_generator_and_the_coarse_level_are_the_releases(model, io):
+    image = model.translate([io[f"warp_{level}"] for level in range(4)], io["condition"])
+    assert (image - io["fake_image"]).abs().mean() < 1e-5
+    other = torch.roll(io["condition"], (23, -17), (2, 3))
+    x, y = model.encode_condition(io["condition"])[:1], model.encode_image(io["exemplar"], other)[:1]
+    x, y = release_matching._unit(model.hierarchy.theta[0](x[0])), release_matching._unit(model.hierarchy.phi[0](y[0]))
+    warp = release_matching.exact_warp(x, y, torch.nn.functional.avg_pool2d(io["exemplar"], 8), 0.01)
+    assert ((warp - io["warp_0"]).abs().amax(1) < 1e-3).float().mean() > 0.99
+
+
+def test_compiled_similarity_is_the_definition():
+    x, y = torch.randn(2, 5, 6, 7), torch.randn(2, 5, 4, 9)
+    indices = torch.randint(0, 36, (2, 12, 6, 7))
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            release_matching.similarity(x, y, indices), release_matching.reference_similarity(x, y, indices)
+        )
+
+
+def random_release(channels: int, nef: int, ngf: int, spade: int = 128) -> dict[str, dict[str, torch.Tensor]]:
+    """State dicts named as the release names them, of any widths, made from the shapes of a model of ours."""
+    from cocosnet.config import config_from_dict
+    from cocosnet.convert import _data
+    from cocosnet.model.release import ReleaseCoCosNet
+
+    torch.manual_seed(channels)
+    config = {
+        "data": _data(channels),
+        "model": {
+            "encoder": {"stem_width": nef, "widths": [2 * nef, 4 * nef, 4 * nef, 4 * nef], "spade_hidden": spade},
+            "matching": {"compat": "release", "channels": nef},
+            "translator": {"widths": [8 * ngf] * 3 + [4 * ngf, 2 * ngf, ngf], "spade_hidden": spade},
+            "discriminator": {"width": 6},
+        },
+    }
+    state = ReleaseCoCosNet(config_from_dict(config)).state_dict()
+    files: dict[str, dict[str, torch.Tensor]] = {"Corr": {}, "G": {}, "D": {}}
+    for name, value in state.items():
+        part, _, rest = name.partition(".")
+        if part in ("translator", "discriminator"):
+            files["G" if part == "translator" else "D"][rest] = value
+        else:
+            old = name.replace("condition_encoder", "adaptive_model_seg").replace("image_encoder", "adaptive_model_img")
+            old = old.replace("hierarchy.theta.", "theta_").replace("hierarchy.phi.", "phi_")
+            files["Corr"][old.replace("hierarchy.", "")] = value
+    return files
+
+
+def with_spectral_norm(state: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """One weight as old-style spectral norm saves it."""
+    matrix = state[f"{name}.weight"].flatten(1)
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    extra = {"weight_orig": 3 * state[f"{name}.weight"], "weight_u": u[:, 0], "weight_v": v[0]}
+    return {k: v for k, v in state.items() if k != f"{name}.weight"} | {f"{name}.{k}": v for k, v in extra.items()}
+
+
+@pytest.mark.parametrize("channels, nef, ngf", [(20, 4, 3), (1, 6, 2), (8, 2, 4)])
+def test_any_widths_import_and_run_at_any_size(tmp_path, channels, nef, ngf):
+    files = random_release(channels, nef, ngf, spade=8)
+    files["Corr"] = with_spectral_norm(files["Corr"], "adaptive_model_seg.layer2.0.0")
+    for name, state in files.items():
+        torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / f"latest_net_{name}.pth")
+    model = convert_release(tmp_path / f"latest_net_{name}.pth" for name in files)
+    kernel = model.condition_encoder.layer2[0][0].weight.flatten(1)
+    assert torch.linalg.matrix_norm(kernel, 2).item() == pytest.approx(1, abs=1e-4)
+    save_model(tmp_path / "model.safetensors", model)
+    model = load_model(tmp_path / "model.safetensors", "cpu")
+    condition, exemplar = torch.rand(2, channels, 64, 96), torch.rand(2, 3, 45, 70) * 2 - 1
+    with torch.inference_mode():
+        first, again = (model(condition, exemplar, torch.rand(2, channels, 45, 70).zero_()) for _ in range(2))
+    assert first.image.shape == (2, 3, 64, 96) and torch.equal(first.image, again.image)
+    assert [warp.shape[-2:] for warp in first.warps] == [(8, 12), (16, 24), (32, 48), (64, 96)]
+    assert first.image.isfinite().all()
+
+
+@torch.inference_mode()
+def test_the_order_of_propagation_can_be_given(tmp_path):
+    files = random_release(1, 4, 2, spade=8)
+    for name, state in files.items():
+        save_file({k: v.clone() for k, v in state.items()}, tmp_path / f"{name}.safetensors")
+    model = convert_release(tmp_path / f"{name}.safetensors" for name in ("Corr", "G"))
+    inputs = torch.rand(1, 1, 64, 64), torch.rand(1, 3, 64, 64) * 2 - 1, torch.rand(1, 1, 64, 64)
+    default = model(*inputs).warps[-1]
+    assert torch.equal(default, model(*inputs, propagation_orders=["horizontal-first"] * 15).warps[-1])
+    assert not torch.equal(default, model(*inputs, propagation_orders=["vertical-first"] * 15).warps[-1])
+    with pytest.raises(ValueError, match="expected 15"):
+        model(*inputs, propagation_orders=["vertical-first"])
+    with pytest.raises(ValueError, match="exemplar_condition"):
+        model(*inputs[:2])
+
+
+def test_mismatches_are_all_listed(tmp_path):
+    files = random_release(1, 2, 2, spade=8)
+    del files["Corr"]["theta_1.bias"]
+    files["G"]["fc.bias"], files["G"]["extra"] = torch.zeros(3), torch.zeros(1)
+    files["Corr"]["adaptive_model_seg.layer2.1.relu.weight"] = torch.tensor([0.7])
+    for name, state in files.items():
+        torch.save(state, tmp_path / f"{name}.pth")
+    done = run("weights", "import", tmp_path / "Corr.pth", tmp_path / "G.pth", "--as", "mine",
+               COCOSCTL_WEIGHTS_DIR=str(tmp_path / "w"))  # fmt: skip
+    assert done.returncode == 3 and done.stderr.count("\n") == 1 and not (tmp_path / "w").exists()
+    for fault in (
+        "missing hierarchy.theta.1.bias",
+        "translator.fc.bias is (3,)",
+        "unexpected translator.extra",
+        "differ",
+    ):
+        assert fault in done.stderr
+    with pytest.raises(CheckpointError, match="Corr and G are both needed"):
+        convert_release([tmp_path / "D.pth"])
+
+
+class _Evil:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('it ran')",))
+
+
+def test_a_pickle_of_anything_else_is_refused(tmp_path):
+    torch.save({"a": _Evil()}, tmp_path / "evil.pth")
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(_Evil()))
+    (tmp_path / "half.pth").write_bytes(b"PK\x03\x04 half")
+    torch.save({"a": 1}, tmp_path / "number.pth")
+    for name in ("evil.pth", "evil.pkl", "half.pth", "number.pth", "none.pth"):
+        with pytest.raises(CheckpointError, match=name):
+            convert_release([tmp_path / name])
+
+
+def test_the_command_imports_and_the_name_is_known(tmp_path):
+    for name, state in random_release(1, 2, 2, spade=8).items():
+        torch.save(state, tmp_path / f"{name}.pth")
+    where = {"COCOSCTL_WEIGHTS_DIR": str(tmp_path / "w")}
+    files = [tmp_path / f"{name}.pth" for name in ("Corr", "G", "D")]
+    done = run("weights", "import", *files, "--as", "mine", "--json", **where)
+    assert done.returncode == 0, done.stderr
+    assert Path(lines(done.stdout)[0]["path"]).is_file()
+    from PIL import Image
+
+    Image.effect_noise((64, 48), 80).save(tmp_path / "edges.png")
+    Image.effect_noise((64, 64), 80).convert("RGB").save(tmp_path / "photo.png")
+    done = run("translate", tmp_path / "edges.png", tmp_path / "photo.png", "-o", tmp_path / "translate.png",
+               "-w", "mine", **where)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "translate.png").size == (64, 48)
+
+
+def test_the_full_sizes_keys_are_those_of_the_networks(golden):
+    """Shapes only; that they run at 512x512 and 384x640 is in docs/performance.md."""
+    from cocosnet.convert import _filled, _network, _renamed, _UNUSED, fold_spectral_norms  # fmt: skip # noqa: I001
+
+    tensors = {}
+    for name, shapes in json.loads((golden / "full_size_keys.json").read_text()).items():
+        state = {key: torch.full(shape, 0.01) for key, shape in shapes.items()}
+        state = fold_spectral_norms(state, Path(name))
+        prefix = _network(state, Path(name))
+        tensors |= {prefix + _renamed(key): value for key, value in state.items() if not _UNUSED.match(key)}
+    model = _filled(tensors)
+    assert model.config.model.encoder.widths == (64, 128, 128, 128) and model.config.data.task == "pose"
+    assert model.config.model.translator.widths == (512, 512, 512, 256, 128, 64)
