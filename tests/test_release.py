@@ -139,6 +139,9 @@ def test_the_order_of_propagation_can_be_given(tmp_path):
     default = model(*inputs).warps[-1]
     assert torch.equal(default, model(*inputs, propagation_orders=["horizontal-first"] * 15).warps[-1])
     assert not torch.equal(default, model(*inputs, propagation_orders=["vertical-first"] * 15).warps[-1])
+    model.hierarchy.patch_match.fixed = True
+    mended = model(*inputs)
+    assert mended.warps[-1].isfinite().all() and not torch.equal(mended.warps[-1], default)
     with pytest.raises(ValueError, match="expected 15"):
         model(*inputs, propagation_orders=["vertical-first"])
     with pytest.raises(ValueError, match="exemplar_condition"):
