@@ -6,7 +6,6 @@ channel counts are read off the tensors' shapes. What does not fit is listed, al
 
 from __future__ import annotations
 
-import pickle
 import re
 import struct
 from collections.abc import Iterable, Sequence
@@ -68,11 +67,13 @@ def read_state(path: Path) -> dict[str, Tensor]:
             state = load_file(str(path))
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path}: holds more than plain tensors, and what else is in it is not run") from error
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, SafetensorError, struct.error) as error:
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(f"{path}: not a readable checkpoint ({reason}); fetch it again") from error
+    except Exception as error:  # the loader refuses anything but tensors with a class of its own
+        if type(error).__name__ != "UnpicklingError":
+            raise
+        raise CheckpointError(f"{path}: holds more than plain tensors, and what else is in it is not run") from error
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise CheckpointError(f"{path}: not a state dict: expected names of tensors and nothing else")
     return {name.removeprefix("module."): value.float() for name, value in state.items()}
