@@ -106,8 +106,8 @@ class MatchingConfig:
     propagation: bool = True  # Eq. 5; off for the second row of Table 5
     refinement: str = "gru"  # gru (Eq. 6), conv (third row of Table 5) or none (first row)
     hidden: int = 32  # channels of the ConvGRU's state (release)
-    # engine: reference (plain PyTorch), compiled (CPU, numba), exact (every level against all positions, without
-    # PatchMatch: the oracle), or auto (the quickest at hand)
+    # engine: reference (plain PyTorch), compiled (CPU, numba), triton (CUDA, K up to 32), exact (every level against
+    # all positions, without PatchMatch: the oracle), or auto (the quickest at hand)
     backend: str = "auto"
     checkpoint: bool = False  # training computes the refinement twice instead of keeping its activations: less memory
     max_step: float = 3.0  # px of the level, bound of one update dH (ours: dH = max_step * tanh)
@@ -363,7 +363,7 @@ def _check(config: Config) -> None:
     _require(0 <= config.prepare.pad_value <= 255, "prepare.pad_value must be in 0..255")
     _one_of("model.matching.refinement", matching.refinement, ("gru", "conv", "none"))
     _one_of("model.matching.compat", matching.compat, ("none", "release", "release-fixed"))
-    _one_of("model.matching.backend", matching.backend, ("auto", "reference", "compiled", "exact"))
+    _one_of("model.matching.backend", matching.backend, ("auto", "reference", "compiled", "triton", "exact"))
     _one_of("loss.perceptual", config.loss.perceptual, ("vgg19", "vgg16-caffe", "none"))
     _one_of("train.precision", config.train.precision, ("auto", "fp32", "bf16"))
     _one_of("train.val_metric", config.train.val_metric, ("swd", "fid"))

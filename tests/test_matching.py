@@ -198,9 +198,56 @@ def test_without_numba_the_reference_runs_and_says_so_once():
     assert len(done.stderr.splitlines()) == 1 and "reference engine" in done.stderr
 
 
+def test_without_triton_the_engine_is_refused_by_name():
+    program = """if True:
+        import sys
+        sys.modules["triton"] = None
+        import torch
+        from cocosnet.errors import MissingDependency
+        from cocosnet.model.patchmatch import select_engine
+        for _ in range(2):
+            try:
+                select_engine("triton", torch.zeros(1))
+            except MissingDependency as error:
+                print(error)"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.count("working triton") == 2 and done.stderr.count("Triton does not load") == 1
+
+
+PEAK = """
+import resource, sys, torch
+from cocosnet.config import MatchingConfig
+from cocosnet.model.hierarchy import Hierarchy
+
+def match(*sizes):
+    x = [torch.randn(1, 32, size, size, generator=torch.Generator().manual_seed(size)) for size in sizes]
+    with torch.no_grad():
+        hierarchy(x, [f.roll((1, 2), (2, 3)) for f in x], torch.rand(1, 3, sizes[-1], sizes[-1]))
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+torch.manual_seed(0)
+hierarchy = Hierarchy((32, 32, 32, 32), MatchingConfig(iterations=2)).eval()
+match(8, 16, 32, 64)
+before = peak()
+match(64, 128, 256, 512)
+print(peak() - before)
+"""
+
+
+def test_matching_at_512_adds_less_than_a_gibibyte():
+    """Three PatchMatch levels of K = 16 and C = 32; more iterations reuse the memory of the first two."""
+    pytest.importorskip("numba")
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1000
+
+
 def test_an_engine_that_cannot_run_is_refused_by_name():
     with pytest.raises(MissingDependency, match="float32"):
         select_engine("compiled", torch.zeros(1, dtype=torch.float64))
+    with pytest.raises(MissingDependency, match="CUDA"):
+        select_engine("triton", torch.zeros(1, dtype=torch.float64))
     assert select_engine("auto", torch.zeros(1, dtype=torch.float64)) is REFERENCE
 
 

@@ -93,7 +93,7 @@ class PatchMatchLevel(nn.Module):
         scores: Tensor | None = None,
     ) -> tuple[Tensor | None, Matches]:
         """One iteration from H_t and, where known, its scores. Returns the GRU's state and the scored H_{t+1}."""
-        engine = select_engine(self.backend, features_x)
+        engine = select_engine(self.backend, features_x, positions.shape[1])
         with torch.no_grad():
             x, y = features_x.detach(), features_y.detach()
             proposed = (

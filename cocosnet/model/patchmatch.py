@@ -15,6 +15,7 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -136,24 +137,34 @@ class Engine:
     evaluate: Callable[[Tensor, Tensor, Tensor], Matches]
 
 
+NEEDS = {
+    "compiled": "a CPU, float32 features and a working numba: pip install numba",
+    "triton": "a CUDA GPU (or TRITON_INTERPRET=1), features of float32, bfloat16 or float16, at most 32 candidates "
+    "and a working triton",
+}
 REFERENCE = Engine("reference", propagate, evaluate)
 
 
-def select_engine(backend: str, features: Tensor) -> Engine:
-    """The engine for features of this device and type: `reference`, `compiled` (CPU, float32, numba), or `auto`.
+def select_engine(backend: str, features: Tensor, candidates: int = 1) -> Engine:
+    """The engine for features of this device and type and K candidates.
+
+    `reference`; `compiled` (CPU, float32, numba); `triton` (CUDA, or anywhere under TRITON_INTERPRET=1; float32,
+    bfloat16 or float16; K up to 32); or `auto`.
 
     `auto` takes the quickest that can handle the features, the reference where no other can. `exact` searches without
     PatchMatch (see `hierarchy.ExactLevel`); what is left to score of a field, it scores as `auto` does.
 
     Raises:
-        MissingDependency: `compiled` is asked for by name and cannot run here.
+        MissingDependency: an engine is asked for by name and cannot run here.
     """
-    usable = features.device.type == "cpu" and features.dtype == torch.float32
-    engine = _compiled() if usable and backend != "reference" else None
-    if engine is None and backend == "compiled":
+    engine = None
+    if backend == "triton" or (backend in ("auto", "exact") and features.is_cuda):
+        engine = _triton(features, candidates)
+    elif backend != "reference" and features.device.type == "cpu" and features.dtype == torch.float32:
+        engine = _compiled()
+    if engine is None and backend in NEEDS:
         raise MissingDependency(
-            "model.matching.backend=compiled needs a CPU, float32 features and a working numba: "
-            "pip install numba, or set model.matching.backend=auto"
+            f"model.matching.backend={backend} needs {NEEDS[backend]}, or set model.matching.backend=auto"
         )
     return engine or REFERENCE
 
@@ -167,3 +178,22 @@ def _compiled() -> Engine | None:
         logger.warning("matching runs on its slow reference engine, since numba does not load (%s)", error)
         return None
     return Engine("compiled", compiled.propagate, compiled.evaluate)
+
+
+def _triton(features: Tensor, candidates: int) -> Engine | None:
+    """The Triton engine, or None where it cannot be loaded or these features are not for it."""
+    module = _triton_module()
+    if module is None or not module.can_handle(features, candidates):
+        return None
+    return Engine("triton", module.propagate, module.evaluate)
+
+
+@functools.cache
+def _triton_module() -> ModuleType | None:
+    """None where Triton cannot be loaded, which is said once."""
+    try:
+        from cocosnet.model import triton_engine
+    except (ImportError, RuntimeError) as error:
+        logger.warning("matching runs on its slow reference engine, since Triton does not load (%s)", error)
+        return None
+    return triton_engine

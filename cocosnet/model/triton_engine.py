@@ -1,0 +1,306 @@
+"""The GPU engine: propagation and evaluation fused by Triton, one program for a block of pixels.
+
+Same results as `patchmatch.propagate` and `patchmatch.evaluate` (the definition). The K best distinct candidates of a
+pixel live in registers while all others are scored against them; no sampled feature is ever stored. Features may be
+float32, bfloat16 or float16; sums, scores and positions are float32, and pixels are numbered by integers.
+
+Layouts inside: features B,H,W,C and positions B,h,w,K,2, both contiguous, so that a candidate's C numbers lie together.
+In the kernels: P pixels of a block, S slots (K rounded up to a power of 2), C channels (likewise).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import next_power_of_2
+
+from cocosnet.model.matches import Matches
+from cocosnet.model.warp import clamp_positions
+
+BLOCK = 32  # pixels of a program
+MAX_CANDIDATES = 32  # more slots than that would not fit into registers
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def can_handle(features: Tensor, candidates: int) -> bool:
+    """Whether the kernels run: a type that they know, K that fits, on a GPU (or anywhere under the interpreter)."""
+    return (
+        candidates <= MAX_CANDIDATES
+        and features.dtype in TYPES
+        and (features.is_cuda or triton.knobs.runtime.interpret)
+    )
+
+
+@torch.no_grad()
+def propagate(positions: Tensor, features_x: Tensor, features_y: Tensor, scores: Tensor | None = None) -> Matches:
+    """`patchmatch.propagate`: the same arguments and result, up to ties and rounding of sums.
+
+    Raises:
+        ValueError: more than 32 candidates.
+    """
+    field = _inner(clamp_positions(positions, *features_y.shape[-2:]))
+    fx, fy = _channels_last(features_x), _channels_last(features_y)
+    known = _scores(field, fx, fy) if scores is None else scores.permute(0, 2, 3, 1).float().contiguous()
+    for vertical in (False, True):
+        best, best_scores = torch.empty_like(field), torch.empty_like(known)
+        _launch(_pass_kernel, field, fx, fy, field, known, best, best_scores, VERTICAL=vertical)
+        field, known = best, best_scores
+    return Matches(_outer(field), known.permute(0, 3, 1, 2))
+
+
+def evaluate(positions: Tensor, features_x: Tensor, features_y: Tensor) -> Matches:
+    """`patchmatch.evaluate`: the same arguments, result and gradients. Raises ValueError over 32 candidates."""
+    positions = clamp_positions(positions, *features_y.shape[-2:])
+    return Matches(positions, _Scores.apply(positions, features_x, features_y))
+
+
+class _Scores(torch.autograd.Function):
+    """S(p, k) of Eq. 7, -inf for duplicates, and its gradients by the positions and both features."""
+
+    @staticmethod
+    def forward(ctx, positions: Tensor, features_x: Tensor, features_y: Tensor) -> Tensor:
+        scores = _scores(_inner(positions), _channels_last(features_x), _channels_last(features_y))
+        ctx.save_for_backward(positions, features_x, features_y, scores)
+        return scores.permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        positions, features_x, features_y, scores = ctx.saved_tensors
+        field, fx, fy = _inner(positions), _channels_last(features_x), _channels_last(features_y)
+        gradient = gradient.permute(0, 2, 3, 1).float().masked_fill(scores == -torch.inf, 0).contiguous()
+        by_x, by_y = (torch.zeros_like(f, dtype=torch.float32) for f in (fx, fy))
+        by_position = torch.empty_like(field)
+        _launch(_backward_kernel, field, fx, fy, field, gradient, by_position, by_x, by_y)
+        return (
+            _outer(by_position).to(positions.dtype),
+            *(g.permute(0, 3, 1, 2).to(features_x.dtype) for g in (by_x, by_y)),
+        )
+
+
+def _scores(field: Tensor, fx: Tensor, fy: Tensor) -> Tensor:
+    """Scores B,h,w,K of a field B,h,w,K,2, duplicates emptied."""
+    scores = field.new_empty(field.shape[:-1])
+    _launch(_scores_kernel, field, fx, fy, field, scores)
+    return scores
+
+
+def _launch(kernel, field: Tensor, fx: Tensor, fy: Tensor, *tensors: Tensor, **constants: bool) -> None:
+    """Run a kernel over all pixels: its pointers, then its sizes."""
+    batch, height, width, candidates, _ = field.shape
+    if candidates > MAX_CANDIDATES:
+        raise ValueError(f"the Triton engine keeps at most {MAX_CANDIDATES} candidates a pixel, got {candidates}")
+    _, rows, columns, channels = fy.shape
+    grid = (triton.cdiv(batch * height * width, BLOCK),)
+    kernel[grid](
+        *(fx, fy, *tensors),
+        *(batch * height * width, height, width, rows, columns, channels),
+        K=candidates,
+        S=next_power_of_2(candidates),
+        C=next_power_of_2(channels),
+        P=BLOCK,
+        **constants,
+    )
+
+
+def _channels_last(map_BCHW: Tensor) -> Tensor:
+    return map_BCHW.detach().permute(0, 2, 3, 1).contiguous()
+
+
+def _inner(positions_BK2hw: Tensor) -> Tensor:
+    return positions_BK2hw.detach().permute(0, 3, 4, 1, 2).float().contiguous()
+
+
+def _outer(positions_BhwK2: Tensor) -> Tensor:
+    return positions_BhwK2.permute(0, 3, 4, 1, 2)
+
+
+@triton.jit
+def _pixel(y, x, columns):
+    """The number of the pixel that a position lies in. Adding 1.5 * 2^23 and taking it off rounds half to even."""
+    row = ((y + 12582912.0) - 12582912.0).to(tl.int32)
+    column = ((x + 12582912.0) - 12582912.0).to(tl.int32)
+    return row * columns + column
+
+
+@triton.jit
+def _corners(value, size):
+    """The two pixels around a coordinate inside [0, size-1], and the second one's weight."""
+    low = tl.minimum(value.to(tl.int32), tl.maximum(size - 2, 0))
+    return low, tl.minimum(low + 1, size - 1), value - low.to(tl.float32)
+
+
+@triton.jit
+def _read(fy, image, row, column, rows, columns, channels, channel, valid):
+    """Features P,C of one pixel each, as float32."""
+    place = (image * rows + row).to(tl.int64) * columns + column
+    mask = valid[:, None] & (channel < channels)[None, :]
+    return tl.load(fy + place[:, None] * channels + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _dot(x, fy, image, y_at, x_at, rows, columns, channels, channel, valid):
+    """x . fy(y, x), bilinear, of P pixels."""
+    y0, y1, v = _corners(y_at, rows)
+    x0, x1, u = _corners(x_at, columns)
+    total = (1 - v) * (1 - u) * tl.sum(x * _read(fy, image, y0, x0, rows, columns, channels, channel, valid), 1)
+    total += (1 - v) * u * tl.sum(x * _read(fy, image, y0, x1, rows, columns, channels, channel, valid), 1)
+    total += v * (1 - u) * tl.sum(x * _read(fy, image, y1, x0, rows, columns, channels, channel, valid), 1)
+    total += v * u * tl.sum(x * _read(fy, image, y1, x1, rows, columns, channels, channel, valid), 1)
+    return total
+
+
+@triton.jit
+def _rank(scores, slot):
+    """How many slots of a pixel come before each: those of a higher score, or of the same one and an earlier place."""
+    ahead = scores[:, None, :] > scores[:, :, None]
+    earlier = (scores[:, None, :] == scores[:, :, None]) & (slot[None, None, :] < slot[None, :, None])
+    return tl.sum((ahead | earlier).to(tl.int32), 2)
+
+
+@triton.jit
+def _is_duplicate(pixels, scores, slot):
+    """Which slots lie in a pixel that a better or equal, earlier one holds."""
+    same = pixels[:, None, :] == pixels[:, :, None]
+    ahead = scores[:, None, :] > scores[:, :, None]
+    earlier = (scores[:, None, :] == scores[:, :, None]) & (slot[None, None, :] < slot[None, :, None])
+    return tl.max((same & (ahead | earlier)).to(tl.int32), 2) > 0
+
+
+@triton.jit
+def _pass_kernel(
+    fx, fy, field, known, best, best_scores, count, height, width, rows, columns, channels,
+    K: tl.constexpr, S: tl.constexpr, C: tl.constexpr, P: tl.constexpr, VERTICAL: tl.constexpr,
+):  # fmt: skip
+    """One propagation pass along one axis: `neighbour_candidates` and `best_distinct` at once, own scores known."""
+    p = tl.program_id(0) * P + tl.arange(0, P)
+    slot, channel, valid = tl.arange(0, S), tl.arange(0, C), p < count
+    i, j, image = (p // width) % height, p % width, p // (width * height)
+    row = p.to(tl.int64)
+    x = tl.load(
+        fx + row[:, None] * channels + channel[None, :],
+        mask=valid[:, None] & (channel < channels)[None, :],
+        other=0.0,
+    ).to(tl.float32)
+    # A pixel's own matches. Slots beyond K hold an infinite score, which nothing beats.
+    own = row[:, None] * K + slot[None, :]
+    mine = valid[:, None] & (slot < K)[None, :]
+    scores = tl.load(known + own, mask=mine, other=float("inf"))
+    ys = tl.load(field + own * 2, mask=mine, other=0.0)
+    xs = tl.load(field + own * 2 + 1, mask=mine, other=0.0)
+    filled = mine & (scores > float("-inf"))
+    pixels = tl.where(filled, _pixel(ys, xs, columns), -1)
+    for m in range(0, 2 * K):
+        shift = (m // K) * 2 - 1
+        if VERTICAL:
+            there = valid & (i + shift >= 0) & (i + shift < height)
+            source = row + shift * width
+        else:
+            there = valid & (j + shift >= 0) & (j + shift < width)
+            source = row + shift
+        place = field + (source * K + m % K) * 2
+        y = tl.load(place, mask=there, other=0.0)
+        x_at = tl.load(place + 1, mask=there, other=0.0)
+        if VERTICAL:
+            y = y - shift
+        else:
+            x_at = x_at - shift
+        y = tl.minimum(tl.maximum(y, 0.0), (rows - 1).to(tl.float32))
+        x_at = tl.minimum(tl.maximum(x_at, 0.0), (columns - 1).to(tl.float32))
+        score = _dot(x, fy, image, y, x_at, rows, columns, channels, channel, there)
+        pixel = _pixel(y, x_at, columns)
+        same = pixels == pixel[:, None]
+        has = tl.max(same.to(tl.int32), 1) > 0
+        weakest = slot[None, :] == tl.argmin(scores, 1)[:, None]
+        target = tl.where(has[:, None], same, weakest)
+        accepted = target & (score[:, None] > scores) & there[:, None]
+        scores = tl.where(accepted, score[:, None], scores)
+        ys = tl.where(accepted, y[:, None], ys)
+        xs = tl.where(accepted, x_at[:, None], xs)
+        pixels = tl.where(accepted, pixel[:, None], pixels)
+    # Best first; empty slots repeat the best one's position.
+    rank = _rank(scores, slot) - (S - K)
+    first = rank == 0
+    empty = scores == float("-inf")
+    ys = tl.where(empty, tl.sum(tl.where(first, ys, 0.0), 1)[:, None], ys)
+    xs = tl.where(empty, tl.sum(tl.where(first, xs, 0.0), 1)[:, None], xs)
+    target_place = row[:, None] * K + rank
+    tl.store(best_scores + target_place, scores, mask=mine)
+    tl.store(best + target_place * 2, ys, mask=mine)
+    tl.store(best + target_place * 2 + 1, xs, mask=mine)
+
+
+@triton.jit
+def _scores_kernel(
+    fx, fy, field, result, count, height, width, rows, columns, channels,
+    K: tl.constexpr, S: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Scores of a field as it stands, -inf for duplicates."""
+    p = tl.program_id(0) * P + tl.arange(0, P)
+    slot, channel, valid = tl.arange(0, S), tl.arange(0, C), p < count
+    image, row = p // (width * height), p.to(tl.int64)
+    x = tl.load(
+        fx + row[:, None] * channels + channel[None, :],
+        mask=valid[:, None] & (channel < channels)[None, :],
+        other=0.0,
+    ).to(tl.float32)
+    own = row[:, None] * K + slot[None, :]
+    mine = valid[:, None] & (slot < K)[None, :]
+    ys = tl.load(field + own * 2, mask=mine, other=0.0)
+    xs = tl.load(field + own * 2 + 1, mask=mine, other=0.0)
+    pixels = tl.where(mine, _pixel(ys, xs, columns), -1)
+    scores = tl.full((P, S), float("-inf"), tl.float32)
+    for k in range(0, K):
+        place = field + (row * K + k) * 2
+        y = tl.load(place, mask=valid, other=0.0)
+        x_at = tl.load(place + 1, mask=valid, other=0.0)
+        score = _dot(x, fy, image, y, x_at, rows, columns, channels, channel, valid)
+        scores = tl.where(slot[None, :] == k, score[:, None], scores)
+    scores = tl.where(_is_duplicate(pixels, scores, slot), float("-inf"), scores)
+    tl.store(result + own, scores, mask=mine)
+
+
+@triton.jit
+def _add(target, image, row, column, rows, columns, channels, channel, valid, values):
+    """Add P,C values to one pixel each of a map; several programs may add to the same one."""
+    place = (image * rows + row).to(tl.int64) * columns + column
+    mask = valid[:, None] & (channel < channels)[None, :]
+    tl.atomic_add(target + place[:, None] * channels + channel[None, :], values, mask=mask)
+
+
+@triton.jit
+def _backward_kernel(
+    fx, fy, field, gradient, by_position, by_x, by_y, count, height, width, rows, columns, channels,
+    K: tl.constexpr, S: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the scores: written to by_position and by_x, added to by_y."""
+    p = tl.program_id(0) * P + tl.arange(0, P)
+    channel, valid = tl.arange(0, C), p < count
+    image, row = p // (width * height), p.to(tl.int64)
+    own = row[:, None] * channels + channel[None, :]
+    inside = valid[:, None] & (channel < channels)[None, :]
+    x = tl.load(fx + own, mask=inside, other=0.0).to(tl.float32)
+    total = tl.zeros((P, C), tl.float32)
+    for k in range(0, K):
+        place = row * K + k
+        g = tl.load(gradient + place, mask=valid, other=0.0)
+        y0, y1, v = _corners(tl.load(field + place * 2, mask=valid, other=0.0), rows)
+        x0, x1, u = _corners(tl.load(field + place * 2 + 1, mask=valid, other=0.0), columns)
+        w00, w01, w10, w11 = g * (1 - v) * (1 - u), g * (1 - v) * u, g * v * (1 - u), g * v * u
+        f00 = _read(fy, image, y0, x0, rows, columns, channels, channel, valid)
+        f01 = _read(fy, image, y0, x1, rows, columns, channels, channel, valid)
+        f10 = _read(fy, image, y1, x0, rows, columns, channels, channel, valid)
+        f11 = _read(fy, image, y1, x1, rows, columns, channels, channel, valid)
+        total += w00[:, None] * f00 + w01[:, None] * f01 + w10[:, None] * f10 + w11[:, None] * f11
+        d00, d01, d10, d11 = tl.sum(x * f00, 1), tl.sum(x * f01, 1), tl.sum(x * f10, 1), tl.sum(x * f11, 1)
+        # On a map of one row (or column) both corners are the same one, and the gradient is zero by itself.
+        by_row = g * ((1 - u) * (d10 - d00) + u * (d11 - d01))
+        by_column = g * ((1 - v) * (d01 - d00) + v * (d11 - d10))
+        tl.store(by_position + place * 2, by_row, mask=valid)
+        tl.store(by_position + place * 2 + 1, by_column, mask=valid)
+        _add(by_y, image, y0, x0, rows, columns, channels, channel, valid, w00[:, None] * x)
+        _add(by_y, image, y0, x1, rows, columns, channels, channel, valid, w01[:, None] * x)
+        _add(by_y, image, y1, x0, rows, columns, channels, channel, valid, w10[:, None] * x)
+        _add(by_y, image, y1, x1, rows, columns, channels, channel, valid, w11[:, None] * x)
+    tl.store(by_x + own, total, mask=inside)

@@ -1,0 +1,126 @@
+"""The Triton engine: run by its interpreter against the reference, and compiled to machine code for a GPU of today.
+
+The interpreter must be chosen before the kernels are made, so both run in processes of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+COMMON = """
+import torch
+import torch.nn.functional as F
+from cocosnet.model import patchmatch, triton_engine
+
+def unit(seed, *shape):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+def case(batch, channels, candidates, height, width, rows, columns):
+    x, y = unit(0, batch, channels, height, width), unit(1, batch, channels, rows, columns)
+    random = torch.rand(batch, candidates, 2, height, width, generator=torch.Generator().manual_seed(2))
+    return random * torch.tensor([rows + 2.0, columns + 2.0]).view(1, 1, 2, 1, 1) - 1.5, x, y
+
+CASES = [(2, 5, 3, 4, 6, 5, 3), (1, 8, 6, 7, 3, 4, 9), (1, 3, 1, 2, 2, 1, 5), (1, 33, 17, 3, 3, 6, 6)]
+"""
+
+PROPAGATION = """
+for sizes in CASES:
+    field, x, y = case(*sizes)
+    expected = patchmatch.propagate(field, x, y)
+    ours = triton_engine.propagate(field, x, y)
+    torch.testing.assert_close(ours.scores, expected.scores, atol=2e-6, rtol=1e-5)
+    field = patchmatch.clamp_positions(field, *y.shape[-2:])
+    again = triton_engine.propagate(field, x, y, triton_engine.evaluate(field, x, y).scores)
+    torch.testing.assert_close(again.scores, expected.scores, atol=2e-6, rtol=1e-5)
+    found = patchmatch.cosine(x, y, ours.positions)
+    filled = torch.isfinite(ours.scores)
+    torch.testing.assert_close(found[filled], ours.scores[filled], atol=2e-6, rtol=1e-5)
+"""
+
+GRADIENTS = """
+for sizes in CASES:
+    field, x, y = case(*sizes)
+    field = patchmatch.clamp_positions(field * 0.7 + 0.2, y.shape[-2] - 0.99, y.shape[-1] - 0.99)
+    results = []
+    for evaluate in (triton_engine.evaluate, patchmatch.evaluate):
+        inputs = [t.clone().requires_grad_() for t in (field, x, y)]
+        scores = evaluate(*inputs).scores
+        scores.clamp(min=-2).square().sum().backward()
+        results.append([scores.detach(), *(t.grad for t in inputs)])
+    for ours, expected in zip(*results):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+"""
+
+BFLOAT16 = """
+field, x, y = case(1, 16, 4, 6, 7, 3, 300)  # columns that bfloat16 cannot count
+x, y = x.bfloat16(), y.bfloat16()
+expected = patchmatch.propagate(field, x.float(), y.float())
+# grid_sample, which the reference reads with, scales positions to [-1, 1]: at 300 columns that moves them by 2e-5 px.
+torch.testing.assert_close(triton_engine.propagate(field, x, y).scores, expected.scores, atol=5e-5, rtol=0)
+inputs = [field.clamp(min=0).requires_grad_(), x.requires_grad_(), y.requires_grad_()]
+scores = triton_engine.evaluate(*inputs).scores
+scores.clamp(min=-2).sum().backward()
+assert [t.grad.dtype for t in inputs] == [torch.float32, torch.bfloat16, torch.bfloat16]
+"""
+
+DOOR = """
+from cocosnet.config import MatchingConfig
+from cocosnet.model.hierarchy import Hierarchy
+warps = []
+for backend in ("triton", "reference"):
+    torch.manual_seed(0)
+    hierarchy = Hierarchy((6, 6), MatchingConfig(channels=6, candidates=4, iterations=2, hidden=8, backend=backend))
+    features = [unit(1, 1, 6, 4, 6), unit(2, 1, 6, 8, 12)]
+    warps.append(hierarchy(features, [f.flip(-1) for f in features], unit(3, 1, 3, 8, 12))[-1].warps[-1])
+torch.testing.assert_close(*warps, atol=1e-4, rtol=1e-4)
+"""
+
+COMPILATION = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile as build
+from cocosnet.model import triton_engine
+
+def kernel(function, pointers, **constants):
+    constants = {"K": 16, "S": 16, "C": 32, "P": triton_engine.BLOCK, **constants}
+    signature = dict.fromkeys(function.arg_names, "i32") | pointers | dict.fromkeys(constants, "constexpr")
+    places = {(function.arg_names.index(name),): value for name, value in constants.items()}
+    built = build(ASTSource(function, signature, places), target=GPUTarget("cuda", 90, 32))
+    assert ".target sm_90" in built.asm["ptx"] and len(built.asm["cubin"]) > 1000
+
+def pointers(features, *names):
+    return {"fx": "*" + features, "fy": "*" + features, **{name: "*fp32" for name in names}}
+
+for features in ("fp32", "bf16"):
+    for vertical in (False, True):
+        names = pointers(features, "field", "known", "best", "best_scores")
+        kernel(triton_engine._pass_kernel, names, VERTICAL=vertical)
+    kernel(triton_engine._scores_kernel, pointers(features, "field", "result"))
+    kernel(triton_engine._backward_kernel, pointers(features, "field", "gradient", "by_position", "by_x", "by_y"))
+"""
+
+
+def run(program: str, interpret: bool) -> subprocess.CompletedProcess:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize(
+    "program", [PROPAGATION, GRADIENTS, BFLOAT16, DOOR], ids=["passes", "gradients", "bf16", "door"]
+)
+def test_the_kernels_agree_with_the_reference(program):
+    done = run(COMMON + program, interpret=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_kernels_compile_for_a_gpu():
+    done = run(COMPILATION, interpret=False)
+    if "Cannot find ptxas" in done.stderr:
+        pytest.skip("this triton comes without ptxas")
+    assert done.returncode == 0, done.stderr
