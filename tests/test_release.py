@@ -203,7 +203,7 @@ def test_the_command_imports_and_the_name_is_known(tmp_path):
 
 
 def test_the_full_sizes_keys_are_those_of_the_networks(golden):
-    """Shapes only; that they run at 512x512 and 384x640 is in docs/performance.md."""
+    """Names and shapes of all tensors; nothing is computed with them here."""
     from cocosnet.convert import _filled, _network, _renamed, _UNUSED, fold_spectral_norms  # fmt: skip # noqa: I001
 
     tensors = {}
