@@ -25,7 +25,7 @@ from cocosnet.data.images import (
     to_image,
     to_tensor,
 )
-from cocosnet.errors import ConfigError, DataError
+from cocosnet.errors import DataError
 
 
 @pytest.fixture
@@ -257,7 +257,7 @@ def test_many_classes_survive_as_sixteen_bits(tmp_path: Path) -> None:
 def test_colour_pictures_are_no_labels(tmp_path: Path, photo: Path) -> None:
     with pytest.raises(DataError, match="class index"):
         load_labels(photo)
-    with pytest.raises(ConfigError, match="pose"):
+    with pytest.raises(DataError, match=f"{photo.name}: cannot read this pose"):
         load_condition(photo, DataConfig(task="pose"))
 
 
