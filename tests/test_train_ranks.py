@@ -93,6 +93,7 @@ def test_a_signal_to_the_launcher_stops_both_processes_and_the_run_goes_on(data,
     command = train_command(data, run, 2, f"train.images={images + 8}", "train.batch=4")
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{run}/model.safetensors\n"  # said by the first process alone
     assert '"resumed"' in (run / "stats.jsonl").read_text() and not (run / "stopped").exists()
 
 
