@@ -3,7 +3,9 @@
 Same results as `patchmatch.propagate` and `patchmatch.evaluate` (the definition), without storing a sampled copy of
 the features for every candidate. float32 on the CPU only.
 
-Layouts inside: features B,H,W,C and positions B,h,w,K,2, both contiguous, so that a candidate's C numbers lie together.
+Outside, positions lie B,h,w,K,2 and scores B,h,w,K, so that a pixel's numbers are together. Inside, all arrays are flat:
+features N,P (P: C rounded up to whole vectors), and a pixel's state is S rows, S columns and S scores, S being K rounded up
+likewise. Slots beyond K hold an infinite score, which nothing beats, and lie at (0, -1), outside; an empty slot holds -inf.
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ from collections.abc import Iterator
 import numba
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numba import njit, prange
 from torch import Tensor
 
+from cocosnet.model import lanes
+from cocosnet.model.lanes import LANES
 from cocosnet.model.matches import Matches
 from cocosnet.model.warp import clamp_positions
 
@@ -24,7 +29,8 @@ from cocosnet.model.warp import clamp_positions
 _FAST = {"reassoc", "contract", "nsz"}
 EMPTY = np.float32(-np.inf)
 NOWHERE = np.int32(-1)  # the pixel of an empty slot
-ROUND = np.float32(1.5 * 2**23)
+ROUND = np.float32(1.5 * 2**23)  # added and taken off again, it rounds half to even
+LINE = 64  # bytes of a cache line, where a pixel's working memory begins
 
 
 @contextlib.contextmanager
@@ -45,62 +51,90 @@ def _torch_threads() -> Iterator[None]:
 
 @torch.no_grad()
 @_torch_threads()
-def propagate(positions: Tensor, features_x: Tensor, features_y: Tensor, scores: Tensor | None = None) -> Matches:
-    """`patchmatch.propagate`: the same arguments and result, up to ties and rounding of sums."""
-    fx, fy = _channels_last(features_x), _channels_last(features_y)
-    field = _inner(clamp_positions(positions, *features_y.shape[-2:]))
-    slots = _slots(field.shape[3])
-    if scores is None:
-        known = _scores(fx, fy, field)
-        known[_duplicates(field, known, fy.shape[2], slots)] = EMPTY
-    else:
-        known = _plain(scores.permute(0, 2, 3, 1))
-    for vertical in (False, True):
-        found = np.empty_like(field), np.empty_like(known)
-        _pass(fx, fy, field, known, vertical, *found, slots)
-        field, known = found
-    return Matches(_outer(torch.from_numpy(field)), torch.from_numpy(known).permute(0, 3, 1, 2))
+def propagate(
+    positions: Tensor,
+    features_x: Tensor,
+    features_y: Tensor,
+    scores: Tensor | None = None,
+    iterations: int = 1,
+) -> Matches:
+    """`patchmatch.propagate`: the same arguments and result, up to ties and rounding of sums.
+
+    A match that a neighbour has offered before is not offered again. That changes nothing: it lost against K better
+    ones, and a pixel's matches only ever become better.
+    """
+    fx, fy, blocks = _features(features_x, features_y)
+    field = _inner(positions)
+    known = np.empty((0, 0, 0, 0), np.float32) if scores is None else _plain(scores.permute(0, 2, 3, 1))
+    shape, limits = field.shape, tuple(features_y.shape[-2:])
+    state, spare = _state(shape), _state(shape)
+    _enter(fx, fy, field, known, limits, blocks, *state)
+    for _ in range(iterations):
+        for vertical in (False, True):
+            _pass(fx, fy, shape, limits, blocks, vertical, *state, *spare)
+            state, spare = spare, state
+    found, strengths = np.empty_like(field), np.empty(shape[:-1], np.float32)
+    _leave(*state[:2], found, strengths)
+    return Matches(_outer(torch.from_numpy(found)), torch.from_numpy(strengths).permute(0, 3, 1, 2))
 
 
 @_torch_threads()
 def evaluate(positions: Tensor, features_x: Tensor, features_y: Tensor) -> Matches:
     """`patchmatch.evaluate`: the same arguments, result and gradients."""
-    positions = clamp_positions(positions, *features_y.shape[-2:])
-    scores = _Cosine.apply(positions, features_x, features_y)
-    with torch.no_grad():
-        field, slots = _inner(positions), _slots(positions.shape[1])
-        found = _duplicates(field, _plain(scores.permute(0, 2, 3, 1)), features_y.shape[-1], slots)
-        duplicate = torch.from_numpy(found)
-    return Matches(positions, scores.masked_fill(duplicate.permute(0, 3, 1, 2), -torch.inf))
+    if torch.is_grad_enabled():
+        positions = clamp_positions(positions, *features_y.shape[-2:])
+        return Matches(positions, _Cosine.apply(positions, features_x, features_y))
+    field, scores = _evaluated(positions, features_x, features_y)
+    return Matches(_outer(torch.from_numpy(field)), scores)
+
+
+def _evaluated(positions: Tensor, features_x: Tensor, features_y: Tensor) -> tuple[np.ndarray, Tensor]:
+    """Clamped positions B,h,w,K,2 and scores B,K,h,w."""
+    fx, fy, blocks = _features(features_x, features_y)
+    field = _inner(positions)
+    clamped, scores = np.empty_like(field), np.empty(field.shape[:-1], np.float32)
+    _evaluate(fx, fy, field, tuple(features_y.shape[-2:]), blocks, clamped, scores)
+    return clamped, torch.from_numpy(scores).permute(0, 3, 1, 2)
 
 
 class _Cosine(torch.autograd.Function):
-    """S(p, k) of Eq. 7 with f^y read bilinearly, and its gradients by both features and the positions."""
+    """S(p, k) of Eq. 7 with f^y read bilinearly, -inf for duplicates, and its gradients by the positions and both
+    features."""
 
     @staticmethod
     def forward(ctx, positions: Tensor, features_x: Tensor, features_y: Tensor) -> Tensor:
-        ctx.save_for_backward(positions, features_x, features_y)
-        fx, fy = _channels_last(features_x), _channels_last(features_y)
-        scores = _scores(fx, fy, _inner(positions))
-        return torch.from_numpy(scores).permute(0, 3, 1, 2)
+        scores = _evaluated(positions, features_x, features_y)[1]
+        ctx.save_for_backward(positions, features_x, features_y, scores)
+        return scores
 
     @staticmethod
     @_torch_threads()
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        positions, features_x, features_y = ctx.saved_tensors
+        positions, features_x, features_y, scores = ctx.saved_tensors
         fx, fy, field = _channels_last(features_x), _channels_last(features_y), _inner(positions)
+        gradient = _plain(gradient.masked_fill(scores == -torch.inf, 0).permute(0, 2, 3, 1))
         by_position, by_x, by_y = np.zeros_like(field), np.zeros_like(fx), np.zeros_like(fy)
-        _scores_backward(fx, fy, field, _plain(gradient.permute(0, 2, 3, 1)), by_position, by_x, by_y)
+        _scores_backward(fx, fy, field, gradient, by_position, by_x, by_y)
         maps = (torch.from_numpy(g).permute(0, 3, 1, 2) for g in (by_x, by_y))
         return _outer(torch.from_numpy(by_position)), *maps
 
 
-def _slots(candidates: int) -> tuple[int, ...]:
-    """A tuple of at least K numbers whose length the compiler knows (it is part of the type).
+def _features(*maps_BCHW: Tensor) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
+    """Both maps flat, channels last and filled up with zeros to whole vectors; and as many zeros as there are vectors
+    in a pixel, a tuple whose length the compiler knows."""
+    channels = maps_BCHW[0].shape[1]
+    blocks = -(-channels // LANES)
+    rest = blocks * LANES - channels
+    flat = [_plain(F.pad(m.detach().permute(0, 2, 3, 1), (0, rest)) if rest else m.permute(0, 2, 3, 1)) for m in maps_BCHW]
+    return *(m.reshape(-1) for m in flat), (0,) * blocks
 
-    Loops over it unroll into vector lanes. Few lengths exist, since each is compiled on its own.
-    """
-    return (0,) * max(4, 1 << (candidates - 1).bit_length())
+
+def _state(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Room for all pixels' positions, scores, and the sets of candidates that neighbours do not know yet: one set for the
+    horizontal and one for the vertical passes."""
+    pixels, blocks = shape[0] * shape[1] * shape[2], -(-shape[3] // LANES)
+    numbers = (torch.empty(pixels * blocks * LANES * n).numpy() for n in (2, 1))  # PyTorch's memory begins with a line
+    return *numbers, np.empty((2, pixels * blocks), np.uint16)
 
 
 def _plain(tensor: Tensor) -> np.ndarray:
@@ -119,182 +153,295 @@ def _outer(positions_BhwK2: Tensor) -> Tensor:
     return positions_BhwK2.permute(0, 3, 4, 1, 2)
 
 
+@njit
+def _desk(slots):
+    """Working memory of one pixel, on whole cache lines: floats (S rows, S columns, S scores, then the rows, columns and
+    scores of one vector of candidates) and whole numbers (S pixels, LANES pixels of candidates, a set a block)."""
+    floats, numbers = np.empty(3 * slots + 3 * LANES + LINE, np.float32), np.empty(2 * slots + LANES + LINE, np.int32)
+    skipped = -(floats.ctypes.data // 4) % (LINE // 4), -(numbers.ctypes.data // 4) % (LINE // 4)
+    return floats[skipped[0] :], numbers[skipped[1] :]
+
+
+@njit(inline="always")
+def _pixels(ys, xs, columns):
+    """The numbers of the pixels that a vector of positions lies in."""
+    half = lanes.splat(ROUND)
+    rows, places = lanes.subtract(lanes.add(ys, half), half), lanes.subtract(lanes.add(xs, half), half)
+    return lanes.number_pixels(rows, places, columns)
+
+
+@njit(inline="always")
+def _clamped(vector, size):
+    """A vector of coordinates moved into [0, size - 1]; what is not a number becomes 0."""
+    return lanes.smallest(lanes.largest(vector, lanes.splat(np.float32(0))), lanes.splat(np.float32(size - 1)))
+
+
+@njit
+def _similarity(fx, at, fy, image, limits, y, x, blocks):
+    """fx[at : at + P] . fy(image, y, x), bilinear; (y, x) inside the map."""
+    row, column, step = int(y), int(x), LANES * len(blocks)
+    v, u = y - np.float32(row), x - np.float32(column)
+    place = ((image * limits[0] + row) * limits[1] + column) * step
+    if v == 0 and u == 0:
+        return lanes.dot(fx, at, fy, place, blocks)
+    down = step * limits[1] if row + 1 < limits[0] else 0
+    along = step if column + 1 < limits[1] else 0
+    one = np.float32(1)
+    places = place, place + along, place + down, place + down + along
+    weights = (one - v) * (one - u), (one - v) * u, v * (one - u), v * u
+    return lanes.blended_dot(fx, at, fy, places, weights, blocks)
+
+
+@njit
+def _weakest(floats, slots):
+    """The lowest score on the desk."""
+    low = lanes.least(lanes.load(floats, 2 * slots))
+    for block in range(LANES, slots, LANES):
+        low = min(low, lanes.least(lanes.load(floats, 2 * slots + block)))
+    return low
+
+
+@njit
+def _place(desk, slots, pixel, low):
+    """The slot that holds a pixel, or the one of the lowest score; and whether it is the former."""
+    floats, numbers = desk
+    for block in range(0, slots, LANES):
+        same = lanes.equal(lanes.load(numbers, block), lanes.splat(pixel))
+        if same:
+            return block + lanes.first(same), True
+    for block in range(0, slots, LANES):
+        same = lanes.equal(lanes.load(floats, 2 * slots + block), lanes.splat(low))
+        if same:
+            return block + lanes.first(same), False
+    return 0, True
+
+
+@njit
+def _accept(desk, slots, candidate, pixel, low):
+    """Put (y, x, score), which beats the lowest score, into its slot, unless its pixel is held by a better one. Returns the new lowest score."""
+    floats, numbers = desk
+    y, x, score = candidate
+    slot, holds = _place(desk, slots, pixel, low)
+    if holds and not score > floats[2 * slots + slot]:
+        return low
+    block, lane = slot // LANES * LANES, slot % LANES
+    lanes.store(floats, block, lanes.replace(lanes.load(floats, block), lane, y))
+    lanes.store(floats, slots + block, lanes.replace(lanes.load(floats, slots + block), lane, x))
+    lanes.store(floats, 2 * slots + block, lanes.replace(lanes.load(floats, 2 * slots + block), lane, score))
+    lanes.store(numbers, block, lanes.replace(lanes.load(numbers, block), lane, pixel))
+    numbers[slots + LANES + slot // LANES] |= np.int32(1) << np.int32(lane)
+    return _weakest(floats, slots)
+
+
+@njit
+def _offer(fx, at, fy, image, limits, desk, slots, candidates, low, blocks):
+    """Let a vector of candidates (ys, xs, the set of lanes that count) compete for the desk's slots. Returns the new lowest score."""
+    floats, numbers = desk
+    ys, xs, waiting = candidates
+    for block in range(0, slots, LANES):
+        waiting &= ~lanes.held(ys, xs, floats, block, slots + block)
+    if waiting == 0:
+        return low
+    tried = 3 * slots
+    lanes.store(floats, tried, ys)
+    lanes.store(floats, tried + LANES, xs)
+    lanes.store(numbers, slots, _pixels(ys, xs, np.int32(limits[1])))
+    while waiting:
+        lane = lanes.first(waiting)
+        waiting &= waiting - 1
+        y, x = floats[tried + lane], floats[tried + LANES + lane]
+        score = _similarity(fx, at, fy, image, limits, y, x, blocks)
+        if score > low:
+            low = _accept(desk, slots, (y, x, score), numbers[slots + lane], low)
+    return low
+
+
+@njit
+def _lay_out(positions, scores, pixel, columns, desk, slots):
+    """A pixel's state onto the desk. Returns the lowest score."""
+    floats, numbers = desk
+    for block in range(0, slots, LANES):
+        ys, xs = (
+            lanes.load(positions, 2 * slots * pixel + block),
+            lanes.load(positions, 2 * slots * pixel + slots + block),
+        )
+        lanes.store(floats, block, ys)
+        lanes.store(floats, slots + block, xs)
+        strengths = lanes.load(scores, slots * pixel + block)
+        empty = lanes.equal(strengths, lanes.splat(EMPTY))
+        lanes.store(floats, 2 * slots + block, strengths)
+        lanes.store(numbers, block, lanes.choose(empty, lanes.splat(NOWHERE), _pixels(ys, xs, np.int32(columns))))
+        numbers[slots + LANES + block // LANES] = 0
+    return _weakest(floats, slots)
+
+
+@njit
+def _put_back(desk, slots, positions, scores, pixel):
+    floats, _ = desk
+    for block in range(0, slots, LANES):
+        lanes.store(positions, 2 * slots * pixel + block, lanes.load(floats, block))
+        lanes.store(positions, 2 * slots * pixel + slots + block, lanes.load(floats, slots + block))
+        lanes.store(scores, slots * pixel + block, lanes.load(floats, 2 * slots + block))
+
+
+@njit(parallel=True, cache=True)
+def _pass(fx, fy, shape, limits, blocks, vertical, positions, scores, fresh, new_positions, new_scores, new_fresh):
+    """One propagation pass along one axis: `neighbour_candidates` and `best_distinct` at once."""
+    batch, height, width, candidates, _ = shape
+    slots, step = -(-candidates // LANES) * LANES, width if vertical else 1
+    axis = 1 if vertical else 0
+    for line in prange(batch * height):
+        desk = _desk(slots)
+        for j in range(width):
+            pixel = line * width + j
+            low = _lay_out(positions, scores, pixel, limits[1], desk, slots)
+            for shift in (-1, 1):
+                at = (line % height if vertical else j) + shift
+                if at < 0 or at >= (height if vertical else width):
+                    continue
+                other = pixel + shift * step
+                for block in range(slots // LANES):
+                    waiting = np.int64(fresh[axis, other * (slots // LANES) + block])
+                    if waiting == 0:
+                        continue
+                    source = 2 * slots * other + block * LANES
+                    ys, xs = lanes.load(positions, source), lanes.load(positions, source + slots)
+                    if vertical:
+                        ys = _clamped(lanes.subtract(ys, lanes.splat(np.float32(shift))), limits[0])
+                    else:
+                        xs = _clamped(lanes.subtract(xs, lanes.splat(np.float32(shift))), limits[1])
+                    low = _offer(
+                        fx, pixel * LANES * len(blocks), fy, line // height, limits, desk, slots, (ys, xs, waiting), low, blocks
+                    )
+            _put_back(desk, slots, new_positions, new_scores, pixel)
+            for block in range(slots // LANES):
+                n, changed = pixel * (slots // LANES) + block, np.uint16(desk[1][slots + LANES + block])
+                new_fresh[axis, n], new_fresh[1 - axis, n] = changed, fresh[1 - axis, n] | changed
+
+
+@njit
+def _read(field, i, j, b, limits, desk, slots):
+    """A pixel's positions, clamped, onto the desk; scores beyond K infinite."""
+    floats, numbers = desk
+    candidates = field.shape[3]
+    for k in range(slots):
+        floats[k] = field[b, i, j, k, 0] if k < candidates else np.float32(0)
+        floats[slots + k] = field[b, i, j, k, 1] if k < candidates else np.float32(0)
+        floats[2 * slots + k] = -EMPTY
+    for block in range(0, slots, LANES):
+        ys = _clamped(lanes.load(floats, block), limits[0])
+        xs = _clamped(lanes.load(floats, slots + block), limits[1])
+        lanes.store(floats, block, ys)
+        lanes.store(floats, slots + block, xs)
+        lanes.store(numbers, block, _pixels(ys, xs, np.int32(limits[1])))
+    for k in range(candidates, slots):
+        floats[slots + k], numbers[k] = NOWHERE, NOWHERE
+
+
+@njit
+def _score(fx, at, fy, image, limits, desk, slots, candidates, blocks):
+    """Scores of the desk's positions."""
+    floats, _ = desk
+    for k in range(candidates):
+        floats[2 * slots + k] = _similarity(fx, at, fy, image, limits, floats[k], floats[slots + k], blocks)
+
+
+@njit
+def _is_duplicate(desk, slots, k):
+    """Whether a better or equal, earlier one holds the pixel of slot k."""
+    floats, numbers = desk
+    mine = floats[2 * slots + k]
+    for block in range(0, slots, LANES):
+        same = lanes.equal(lanes.load(numbers, block), lanes.splat(numbers[k]))
+        while same:
+            other = block + lanes.first(same)
+            same &= same - 1
+            strength = floats[2 * slots + other]
+            if strength > mine or (strength == mine and other < k):
+                return True
+    return False
+
+
+@njit(parallel=True, cache=True)
+def _enter(fx, fy, field, known, limits, blocks, positions, scores, fresh):
+    """A field B,h,w,K,2 into a state. `known`: its scores B,h,w,K, or nothing."""
+    batch, height, width, candidates, _ = field.shape
+    slots = -(-candidates // LANES) * LANES
+    for line in prange(batch * height):
+        desk = _desk(slots)
+        floats, numbers = desk
+        b, i = line // height, line % height
+        for j in range(width):
+            pixel = line * width + j
+            _read(field, i, j, b, limits, desk, slots)
+            if known.size:
+                for k in range(candidates):
+                    floats[2 * slots + k] = known[b, i, j, k]
+            else:
+                _score(fx, pixel * LANES * len(blocks), fy, b, limits, desk, slots, candidates, blocks)
+            _put_back(desk, slots, positions, scores, pixel)
+            for block in range(slots // LANES):
+                filled = 0
+                for k in range(block * LANES, min(candidates, block * LANES + LANES)):
+                    if floats[2 * slots + k] == EMPTY or _is_duplicate(desk, slots, k):
+                        scores[slots * pixel + k] = EMPTY
+                    else:
+                        filled |= 1 << (k % LANES)
+                there = (1 << min(candidates - block * LANES, LANES)) - 1  # the definition offers duplicates as well
+                fresh[0, pixel * (slots // LANES) + block] = there
+                fresh[1, pixel * (slots // LANES) + block] = filled
+
+
+@njit(parallel=True, cache=True)
+def _evaluate(fx, fy, field, limits, blocks, clamped, scores):
+    """A field B,h,w,K,2 as it stands: clamped, scored (B,h,w,K), duplicates emptied."""
+    batch, height, width, candidates, _ = field.shape
+    slots = -(-candidates // LANES) * LANES
+    for line in prange(batch * height):
+        desk = _desk(slots)
+        b, i = line // height, line % height
+        for j in range(width):
+            _read(field, i, j, b, limits, desk, slots)
+            _score(fx, (line * width + j) * LANES * len(blocks), fy, b, limits, desk, slots, candidates, blocks)
+            for k in range(candidates):
+                clamped[b, i, j, k, 0], clamped[b, i, j, k, 1] = desk[0][k], desk[0][slots + k]
+                scores[b, i, j, k] = EMPTY if _is_duplicate(desk, slots, k) else desk[0][2 * slots + k]
+
+
+@njit
+def _rank(scores, at, slots, k):
+    """How many of scores[at : at + S] are higher than the kth, or as high and earlier."""
+    mine, ahead = lanes.splat(scores[at + k]), 0
+    for block in range(0, slots, LANES):
+        others = lanes.load(scores, at + block)
+        before = (1 << min(max(k - block, 0), LANES)) - 1
+        ahead += lanes.count(lanes.greater(others, mine)) + lanes.count(lanes.equal(others, mine) & before)
+    return ahead
+
+
+@njit(parallel=True, cache=True)
+def _leave(positions, scores, field, strengths):
+    """A state into a field B,h,w,K,2 and its scores B,h,w,K, best first; empty slots repeat the best one's position."""
+    batch, height, width, candidates, _ = field.shape
+    slots = -(-candidates // LANES) * LANES
+    for line in prange(batch * height):
+        b, i = line // height, line % height
+        for j in range(width):
+            at = (line * width + j) * slots
+            for k in range(candidates):
+                rank = _rank(scores, at, slots, k) - (slots - candidates)
+                strengths[b, i, j, rank] = scores[at + k]
+                field[b, i, j, rank, 0], field[b, i, j, rank, 1] = positions[2 * at + k], positions[2 * at + slots + k]
+            for k in range(1, candidates):
+                if strengths[b, i, j, k] == EMPTY:
+                    field[b, i, j, k, 0], field[b, i, j, k, 1] = field[b, i, j, 0, 0], field[b, i, j, 0, 1]
+
+
 @njit(inline="always")
 def _corners(value, size):
     """The two pixels around a coordinate inside [0, size-1], and the second one's weight."""
     low = min(int(value), max(size - 2, 0))
     return low, min(low + 1, size - 1), np.float32(value - low)
-
-
-@njit(fastmath=_FAST)
-def _dot(fx, fy, pixel, y, x):
-    """fx(b, i, j) . fy(b, y, x), bilinear. fx B,h,w,C; fy B,H,W,C; pixel (b, i, j).
-
-    Whole arrays with unsigned indices: a view would be counted up and down, a signed index be tested for wrapping.
-    """
-    b, i, j = np.uintp(pixel[0]), np.uintp(pixel[1]), np.uintp(pixel[2])
-    low_y, high_y, v = _corners(y, fy.shape[1])
-    low_x, high_x, u = _corners(x, fy.shape[2])
-    y0, y1, x0, x1 = np.uintp(low_y), np.uintp(high_y), np.uintp(low_x), np.uintp(high_x)
-    total, one = np.float32(0), np.float32(1)
-    if v == 0 and u == 0:
-        for k in range(fx.shape[3]):
-            c = np.uintp(k)
-            total += fx[b, i, j, c] * fy[b, y0, x0, c]
-        return total
-    w00, w01, w10, w11 = (one - v) * (one - u), (one - v) * u, v * (one - u), v * u
-    for k in range(fx.shape[3]):
-        c = np.uintp(k)
-        top = w00 * fy[b, y0, x0, c] + w01 * fy[b, y0, x1, c]
-        total += fx[b, i, j, c] * (top + w10 * fy[b, y1, x0, c] + w11 * fy[b, y1, x1, c])
-    return total
-
-
-@njit
-def _pixel(y, x, columns):
-    """The number of the pixel that a position lies in. Adding 1.5 * 2^23 rounds half to even, in vector lanes."""
-    row, column = np.int32((y + ROUND) - ROUND), np.int32((x + ROUND) - ROUND)
-    return row * np.int32(columns) + column
-
-
-@njit
-def _weakest(scores, slots):
-    """The slot of the lowest score."""
-    low, slot = scores[0], 0
-    for k in range(1, len(slots)):
-        low = min(low, scores[k])
-    for k in range(len(slots)):
-        if scores[k] == low:
-            slot = k
-    return slot
-
-
-@njit
-def _neighbours(field, pixel, vertical, limits, tried):
-    """The candidates that both neighbours along an axis propose, into `tried` (ys, xs, pixels); their number."""
-    ys, xs, pixels = tried
-    b, i, j = pixel
-    _, height, width, candidates, _ = field.shape
-    bottom, right = np.float32(limits[0] - 1), np.float32(limits[1] - 1)
-    count = 0
-    for shift in (-1, 1):
-        ni, nj = (i + shift, j) if vertical else (i, j + shift)
-        if ni < 0 or nj < 0 or ni >= height or nj >= width:
-            continue
-        down, along = np.float32(shift if vertical else 0), np.float32(0 if vertical else shift)
-        for k in range(candidates):
-            y = min(max(field[b, ni, nj, k, 0] - down, np.float32(0)), bottom)
-            x = min(max(field[b, ni, nj, k, 1] - along, np.float32(0)), right)
-            ys[count + k], xs[count + k], pixels[count + k] = y, x, _pixel(y, x, limits[1])
-        count += candidates
-    return count
-
-
-@njit
-def _offer(fx, fy, pixel, best, candidates, count, slots):
-    """Let candidates (ys, xs, pixels) compete for the slots of `best` (ys, xs, pixels, scores), one a pixel."""
-    ys, xs, pixels, scores = best
-    weakest = _weakest(scores, slots)
-    for m in range(count):
-        y, x, slot = candidates[0][m], candidates[1][m], -1
-        for k in range(len(slots)):
-            if pixels[k] == candidates[2][m]:
-                slot = k
-        if slot >= 0 and ys[slot] == y and xs[slot] == x:
-            continue
-        slot = weakest if slot < 0 else slot
-        score = _dot(fx, fy, pixel, y, x)
-        if score > scores[slot]:
-            ys[slot], xs[slot], pixels[slot], scores[slot] = y, x, candidates[2][m], score
-            weakest = _weakest(scores, slots)
-
-
-@njit
-def _load(field, known, pixel, columns, best, slots):
-    """A pixel's own matches into the slots of `best`. Slots beyond K hold an infinite score, which nothing beats."""
-    b, i, j = pixel
-    ys, xs, pixels, scores = best
-    for k in range(field.shape[3]):
-        y, x, score = field[b, i, j, k, 0], field[b, i, j, k, 1], known[b, i, j, k]
-        ys[k], xs[k], scores[k] = y, x, score
-        pixels[k] = NOWHERE if score == EMPTY else _pixel(y, x, columns)
-    for k in range(field.shape[3], len(slots)):
-        pixels[k], scores[k] = NOWHERE, -EMPTY
-
-
-@njit
-def _store_sorted(best, pixel, positions, scores, slots):
-    """The K slots, best first; empty ones repeat the best one's position."""
-    b, i, j = pixel
-    ys, xs, _, strengths = best
-    candidates = scores.shape[3]
-    for k in range(candidates):
-        mine, rank = strengths[k], candidates - len(slots)
-        for m in range(len(slots)):
-            rank += (strengths[m] > mine) | ((strengths[m] == mine) & (m < k))
-        scores[b, i, j, rank], positions[b, i, j, rank, 0], positions[b, i, j, rank, 1] = mine, ys[k], xs[k]
-    for k in range(1, candidates):
-        if scores[b, i, j, k] == EMPTY:
-            positions[b, i, j, k, 0], positions[b, i, j, k, 1] = positions[b, i, j, 0, 0], positions[b, i, j, 0, 1]
-
-
-@njit(parallel=True, cache=True)
-def _pass(features_x, features_y, field, known, vertical, positions, scores, slots):
-    """One propagation pass along one axis: `neighbour_candidates` and `best_distinct` at once, own scores known."""
-    batch, height, width, candidates, _ = field.shape
-    limits, size = (features_y.shape[1], features_y.shape[2]), len(slots)
-    for line in prange(batch * height):
-        b, i = line // height, line % height
-        best = (
-            np.empty(size, np.float32),
-            np.empty(size, np.float32),
-            np.empty(size, np.int32),
-            np.empty(size, np.float32),
-        )
-        tried = np.empty(2 * size, np.float32), np.empty(2 * size, np.float32), np.empty(2 * size, np.int32)
-        for j in range(width):
-            _load(field, known, (b, i, j), limits[1], best, slots)
-            count = _neighbours(field, (b, i, j), vertical, limits, tried)
-            _offer(features_x, features_y, (b, i, j), best, tried, count, slots)
-            _store_sorted(best, (b, i, j), positions, scores, slots)
-
-
-@njit(parallel=True, cache=True)
-def _scores(features_x, features_y, field):
-    """Cosines of all candidates as they stand. Returns B,h,w,K."""
-    batch, height, width, candidates, _ = field.shape
-    scores = np.empty((batch, height, width, candidates), dtype=np.float32)
-    for line in prange(batch * height):
-        b, i = line // height, line % height
-        for j in range(width):
-            for k in range(candidates):
-                y, x = field[b, i, j, k, 0], field[b, i, j, k, 1]
-                scores[b, i, j, k] = _dot(features_x, features_y, (b, i, j), y, x)
-    return scores
-
-
-@njit(parallel=True, cache=True)
-def _duplicates(field, scores, columns, slots):
-    """Which candidates lie in a pixel that a better or equal, earlier one holds. Returns B,h,w,K bool."""
-    batch, height, width, candidates, _ = field.shape
-    result = np.zeros((batch, height, width, candidates), dtype=np.bool_)
-    for line in prange(batch * height):
-        b, i = line // height, line % height
-        size = len(slots)
-        best = (
-            np.empty(size, np.float32),
-            np.empty(size, np.float32),
-            np.empty(size, np.int32),
-            np.empty(size, np.float32),
-        )
-        for j in range(width):
-            _load(field, scores, (b, i, j), columns, best, slots)
-            for k in range(candidates):
-                mine, pixel, hits = best[3][k], best[2][k], 0
-                for m in range(len(slots)):
-                    hits += (best[2][m] == pixel) & ((best[3][m] > mine) | ((best[3][m] == mine) & (m < k)))
-                result[b, i, j, k] = hits > 0
-    return result
 
 
 @njit(parallel=True, cache=True)

@@ -1,0 +1,278 @@
+"""Sixteen numbers at once inside numba's kernels: the few vector operations that its compiler does not find by itself.
+
+A value of `LANES` numbers (float32 or int32) is one AVX-512 register, two of AVX2, four of NEON; LLVM divides it as the
+machine at hand needs. Arrays are addressed by flat index, unchecked, so callers own the bounds. A set of lanes is an
+int64 with one bit a lane, lane 0 lowest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+LANES = 16
+_WORD = {types.float32: ir.FloatType(), types.int32: ir.IntType(32)}
+_LOOSE = ("contract", "reassoc", "nsz")  # sums may be reordered; NaN and infinity keep their meaning
+
+
+class Vector(types.Type):
+    """The type of LANES numbers of one dtype."""
+
+    def __init__(self, dtype: types.Type):
+        self.dtype = dtype
+        super().__init__(name=f"Vector({dtype})")
+
+    @property
+    def llvm(self) -> ir.VectorType:
+        """How LLVM calls it."""
+        return ir.VectorType(_WORD[self.dtype], LANES)
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager, vector: Vector):
+        super().__init__(manager, vector, vector.llvm)
+
+
+FLOATS, INTS = Vector(types.float32), Vector(types.int32)
+
+
+@intrinsic
+def load(_typing, array, index):
+    """array[index : index + LANES]."""
+
+    def generate(context, builder, signature, values):
+        return builder.load(_place(context, builder, signature, values), align=4)
+
+    return Vector(array.dtype)(array, types.intp), generate
+
+
+@intrinsic
+def store(_typing, array, index, vector):
+    """array[index : index + LANES] = vector."""
+
+    def generate(context, builder, signature, values):
+        builder.store(values[2], _place(context, builder, signature, values), align=4)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, vector), generate
+
+
+@intrinsic
+def splat(_typing, number):
+    """LANES times the same number."""
+
+    def generate(_context, builder, signature, values):
+        return _splat(builder, signature.return_type.llvm, values[0])
+
+    return Vector(number)(number), generate
+
+
+def _elementwise(operation: Callable) -> Callable:
+    """An intrinsic of two vectors: `operation(builder, a, b)` gives the result."""
+
+    @intrinsic
+    def function(_typing, a, b):
+        def generate(_context, builder, _signature, values):
+            return operation(builder, *values)
+
+        return a(a, b), generate
+
+    return function
+
+
+subtract = _elementwise(lambda builder, a, b: builder.fsub(a, b))
+add = _elementwise(lambda builder, a, b: builder.fadd(a, b))
+# Of an unordered pair (NaN) both give b.
+largest = _elementwise(lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
+smallest = _elementwise(lambda builder, a, b: builder.select(builder.fcmp_ordered("<", a, b), a, b))
+
+
+@intrinsic
+def number_pixels(_typing, ys, xs, columns):
+    """Row * columns + column of rounded, whole positions: INTS of two FLOATS and an int32."""
+
+    def generate(_context, builder, signature, values):
+        rows, places = (builder.fptosi(v, INTS.llvm) for v in values[:2])
+        return builder.add(builder.mul(rows, _splat(builder, INTS.llvm, values[2])), places)
+
+    return INTS(ys, xs, types.int32), generate
+
+
+@intrinsic
+def equal(_typing, a, b):
+    """The set of lanes in which two vectors are equal."""
+
+    def generate(_context, builder, signature, values):
+        compare = builder.fcmp_ordered if signature.args[0] == FLOATS else builder.icmp_signed
+        return _set(builder, compare("==", *values))
+
+    return types.int64(a, b), generate
+
+
+@intrinsic
+def greater(_typing, a, b):
+    """The set of lanes in which a > b."""
+
+    def generate(_context, builder, _signature, values):
+        return _set(builder, builder.fcmp_ordered(">", *values))
+
+    return types.int64(a, b), generate
+
+
+@intrinsic
+def replace(_typing, vector, lane, number):
+    """The vector with another number in one lane."""
+
+    def generate(_context, builder, _signature, values):
+        return builder.insert_element(values[0], values[2], values[1])
+
+    return vector(vector, types.intp, vector.dtype), generate
+
+
+@intrinsic
+def choose(_typing, lanes, a, b):
+    """a in the lanes of a set, b in the others."""
+
+    def generate(_context, builder, _signature, values):
+        bits = builder.trunc(values[0], ir.IntType(LANES))
+        return builder.select(builder.bitcast(bits, ir.VectorType(ir.IntType(1), LANES)), *values[1:])
+
+    return a(types.int64, a, b), generate
+
+
+@intrinsic
+def held(_typing, ys, xs, own, own_ys, own_xs):
+    """The set of lanes whose (y, x) is, bit by bit, one of own[own_ys : + LANES], own[own_xs : + LANES]."""
+
+    def generate(context, builder, signature, values):
+        y, x = (builder.bitcast(v, INTS.llvm) for v in values[:2])
+        found = ir.Constant(ir.VectorType(ir.IntType(1), LANES), None)
+        base = _data(context, builder, signature.args[2], values[2])
+        for lane in range(LANES):
+            mine = []
+            for start in values[3:]:
+                at = builder.gep(base, [builder.add(start, ir.Constant(start.type, lane))])
+                word = builder.load(builder.bitcast(at, ir.IntType(32).as_pointer()))
+                mine.append(_splat(builder, INTS.llvm, word))
+            differ = builder.or_(builder.xor(y, mine[0]), builder.xor(x, mine[1]))
+            found = builder.or_(found, builder.icmp_signed("==", differ, ir.Constant(INTS.llvm, None)))
+        return _set(builder, found)
+
+    return types.int64(ys, xs, own, types.intp, types.intp), generate
+
+
+@intrinsic
+def least(_typing, vector):
+    """The smallest of the numbers."""
+
+    def generate(_context, builder, _signature, values):
+        return _reduce(builder, "fmin", values[0])
+
+    return types.float32(vector), generate
+
+
+@intrinsic
+def first(_typing, lanes):
+    """The lowest lane of a set that is not empty."""
+
+    def generate(_context, builder, _signature, values):
+        return builder.cttz(values[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def count(_typing, lanes):
+    """How many lanes a set has."""
+
+    def generate(_context, builder, _signature, values):
+        return builder.ctpop(values[0])
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def dot(_typing, a, at, b, place, blocks):
+    """Sum over c < LANES * len(blocks) of a[at + c] * b[place + c]."""
+
+    def generate(context, builder, signature, values):
+        first_of, second_of = (_reader(context, builder, signature, values, n) for n in (0, 2))
+        total = ir.Constant(FLOATS.llvm, None)
+        for block in range(signature.args[4].count):
+            product = builder.fmul(first_of(values[1], block), second_of(values[3], block), flags=_LOOSE)
+            total = builder.fadd(total, product, flags=_LOOSE)
+        return _reduce(builder, "fadd", total)
+
+    return types.float32(a, types.intp, b, types.intp, blocks), generate
+
+
+@intrinsic
+def blended_dot(_typing, a, at, b, places, weights, blocks):
+    """Sum over c < LANES * len(blocks) of a[at + c] times the sum over four n of weights[n] * b[places[n] + c]."""
+
+    def generate(context, builder, signature, values):
+        first_of, second_of = (_reader(context, builder, signature, values, n) for n in (0, 2))
+        places, weights = (cgutils.unpack_tuple(builder, v, 4) for v in values[3:5])
+        weights = [_splat(builder, FLOATS.llvm, weight) for weight in weights]
+        total = ir.Constant(FLOATS.llvm, None)
+        for block in range(signature.args[5].count):
+            blend = ir.Constant(FLOATS.llvm, None)
+            for place, weight in zip(places, weights):
+                product = builder.fmul(weight, second_of(place, block), flags=_LOOSE)
+                blend = builder.fadd(blend, product, flags=_LOOSE)
+            product = builder.fmul(first_of(values[1], block), blend, flags=_LOOSE)
+            total = builder.fadd(total, product, flags=_LOOSE)
+        return _reduce(builder, "fadd", total)
+
+    four = types.UniTuple(types.intp, 4), types.UniTuple(types.float32, 4)
+    return types.float32(a, types.intp, b, *four, blocks), generate
+
+
+def _data(context, builder, array: types.Array, value: ir.Value) -> ir.Value:
+    return context.make_array(array)(context, builder, value=value).data
+
+
+def _place(context, builder, signature, values) -> ir.Value:
+    """A pointer to the vector at array (first argument), flat index (second)."""
+    array = signature.args[0]
+    at = builder.gep(_data(context, builder, array, values[0]), [values[1]])
+    return builder.bitcast(at, Vector(array.dtype).llvm.as_pointer())
+
+
+def _reader(context, builder, signature, values, argument: int) -> Callable[[ir.Value, int], ir.Value]:
+    """Reads vector number `block` from a flat index on, of the array that is the `argument`th argument."""
+    base = _data(context, builder, signature.args[argument], values[argument])
+
+    def read(index: ir.Value, block: int) -> ir.Value:
+        at = builder.gep(base, [builder.add(index, ir.Constant(index.type, LANES * block))])
+        return builder.load(builder.bitcast(at, FLOATS.llvm.as_pointer()), align=4)
+
+    return read
+
+
+def _splat(builder, vector: ir.VectorType, number: ir.Value) -> ir.Value:
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(
+        one, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), LANES), None)
+    )
+
+
+def _set(builder, flags: ir.Value) -> ir.Value:
+    return builder.zext(builder.bitcast(flags, ir.IntType(LANES)), ir.IntType(64))
+
+
+def _reduce(builder, operation: str, vector: ir.Value) -> ir.Value:
+    """LLVM's sum ("fadd") or minimum ("fmin") of a vector."""
+    word, inputs = vector.type.element, [vector.type]
+    arguments = [vector]
+    if operation == "fadd":
+        inputs, arguments = [word, *inputs], [ir.Constant(word, -0.0), vector]
+    name = f"llvm.vector.reduce.{operation}.v{LANES}f32"
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(word, inputs), name)
+    flags = _LOOSE if operation == "fadd" else ("nnan", "nsz")
+    return builder.call(function, arguments, fastmath=flags)
