@@ -3,9 +3,10 @@
 Same results as `patchmatch.propagate` and `patchmatch.evaluate` (the definition), without storing a sampled copy of
 the features for every candidate. float32 on the CPU only.
 
-Outside, positions lie B,h,w,K,2 and scores B,h,w,K, so that a pixel's numbers are together. Inside, all arrays are flat:
-features N,P (P: C rounded up to whole vectors), and a pixel's state is S rows, S columns and S scores, S being K rounded up
-likewise. Slots beyond K hold an infinite score, which nothing beats, and lie at (0, -1), outside; an empty slot holds -inf.
+Outside, positions lie B,h,w,K,2 and scores B,h,w,K, so that a pixel's numbers are together. Inside, all arrays are
+flat: features N,P (P: C rounded up to whole vectors), and a pixel's state is S rows, S columns and S scores, S being K
+rounded up likewise. Slots beyond K hold an infinite score, which nothing beats, and lie at (0, -1), outside; an empty
+slot holds -inf.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from numba import njit, prange
 from torch import Tensor
 
-from cocosnet.model import lanes
+from cocosnet.model import lanes, patchmatch, warp
 from cocosnet.model.lanes import LANES
 from cocosnet.model.matches import Matches
 from cocosnet.model.warp import clamp_positions
@@ -29,8 +30,8 @@ from cocosnet.model.warp import clamp_positions
 _FAST = {"reassoc", "contract", "nsz"}
 EMPTY = np.float32(-np.inf)
 NOWHERE = np.int32(-1)  # the pixel of an empty slot
+NEGLIGIBLE = np.float32(1e-9)  # times the largest weight: sixteen of them do not change a float32 in [-1, 1]
 ROUND = np.float32(1.5 * 2**23)  # added and taken off again, it rounds half to even
-LINE = 64  # bytes of a cache line, where a pixel's working memory begins
 
 
 @contextlib.contextmanager
@@ -67,14 +68,14 @@ def propagate(
     field = _inner(positions)
     known = np.empty((0, 0, 0, 0), np.float32) if scores is None else _plain(scores.permute(0, 2, 3, 1))
     shape, limits = field.shape, tuple(features_y.shape[-2:])
-    state, spare = _state(shape), _state(shape)
-    _enter(fx, fy, field, known, limits, blocks, *state)
+    state, spare, desks = _state(shape), _state(shape), _desks(shape)
+    _enter(fx, fy, field, known, shape, limits, blocks, desks, state)
     for _ in range(iterations):
         for vertical in (False, True):
-            _pass(fx, fy, shape, limits, blocks, vertical, *state, *spare)
+            _pass(fx, fy, shape, limits, blocks, vertical, desks, state, spare)
             state, spare = spare, state
     found, strengths = np.empty_like(field), np.empty(shape[:-1], np.float32)
-    _leave(*state[:2], found, strengths)
+    _leave(shape, *state[:2], found, strengths)
     return Matches(_outer(torch.from_numpy(found)), torch.from_numpy(strengths).permute(0, 3, 1, 2))
 
 
@@ -93,8 +94,35 @@ def _evaluated(positions: Tensor, features_x: Tensor, features_y: Tensor) -> tup
     fx, fy, blocks = _features(features_x, features_y)
     field = _inner(positions)
     clamped, scores = np.empty_like(field), np.empty(field.shape[:-1], np.float32)
-    _evaluate(fx, fy, field, tuple(features_y.shape[-2:]), blocks, clamped, scores)
+    _evaluate(fx, fy, field, field.shape, tuple(features_y.shape[-2:]), blocks, _desks(field.shape), clamped, scores)
     return clamped, torch.from_numpy(scores).permute(0, 3, 1, 2)
+
+
+def best_first(matches: Matches) -> Matches:
+    """`patchmatch.best_first`: the same result, and the same gradients."""
+    if torch.is_grad_enabled():
+        return patchmatch.best_first(matches)
+    field, scores = _inner(matches.positions), _plain(matches.scores.permute(0, 2, 3, 1))
+    return _sorted(field, scores)
+
+
+@_torch_threads()
+def _sorted(field: np.ndarray, scores: np.ndarray) -> Matches:
+    positions, strengths = np.empty_like(field), np.empty_like(scores)
+    _sort(field, scores, field.shape, _desks(field.shape), positions, strengths)
+    return Matches(_outer(torch.from_numpy(positions)), torch.from_numpy(strengths).permute(0, 3, 1, 2))
+
+
+@_torch_threads()
+def soft_warp(exemplar: Tensor, positions: Tensor, scores: Tensor, temperature: float) -> Tensor:
+    """`warp.soft_warp` for positions inside the exemplar: the same result, up to rounding, and the same gradients."""
+    if torch.is_grad_enabled():
+        return warp.soft_warp(exemplar, positions, scores, temperature)
+    field, (height, width) = _inner(positions), exemplar.shape[-2:]
+    result = np.empty((*field.shape[:3], exemplar.shape[1]), np.float32)
+    given = _channels_last(exemplar), field, _plain(scores.permute(0, 2, 3, 1))
+    _warp(*given, field.shape, (height, width), exemplar.shape[1], np.float32(temperature), result)
+    return torch.from_numpy(result).permute(0, 3, 1, 2)
 
 
 class _Cosine(torch.autograd.Function):
@@ -125,16 +153,18 @@ def _features(*maps_BCHW: Tensor) -> tuple[np.ndarray, np.ndarray, tuple[int, ..
     channels = maps_BCHW[0].shape[1]
     blocks = -(-channels // LANES)
     rest = blocks * LANES - channels
-    flat = [_plain(F.pad(m.detach().permute(0, 2, 3, 1), (0, rest)) if rest else m.permute(0, 2, 3, 1)) for m in maps_BCHW]
+    flat = [
+        _plain(F.pad(m.detach().permute(0, 2, 3, 1), (0, rest)) if rest else m.permute(0, 2, 3, 1)) for m in maps_BCHW
+    ]
     return *(m.reshape(-1) for m in flat), (0,) * blocks
 
 
-def _state(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Room for all pixels' positions, scores, and the sets of candidates that neighbours do not know yet: one set for the
-    horizontal and one for the vertical passes."""
+def _state(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    """Room for all pixels' positions, scores, and the sets of candidates that their neighbours do not know yet: one
+    set for the horizontal and one for the vertical passes."""
     pixels, blocks = shape[0] * shape[1] * shape[2], -(-shape[3] // LANES)
     numbers = (torch.empty(pixels * blocks * LANES * n).numpy() for n in (2, 1))  # PyTorch's memory begins with a line
-    return *numbers, np.empty((2, pixels * blocks), np.uint16)
+    return *numbers, *(np.empty(pixels * blocks, np.uint16) for _ in range(2))
 
 
 def _plain(tensor: Tensor) -> np.ndarray:
@@ -153,13 +183,29 @@ def _outer(positions_BhwK2: Tensor) -> Tensor:
     return positions_BhwK2.permute(0, 3, 4, 1, 2)
 
 
-@njit
-def _desk(slots):
-    """Working memory of one pixel, on whole cache lines: floats (S rows, S columns, S scores, then the rows, columns and
-    scores of one vector of candidates) and whole numbers (S pixels, LANES pixels of candidates, a set a block)."""
-    floats, numbers = np.empty(3 * slots + 3 * LANES + LINE, np.float32), np.empty(2 * slots + LANES + LINE, np.int32)
-    skipped = -(floats.ctypes.data // 4) % (LINE // 4), -(numbers.ctypes.data // 4) % (LINE // 4)
-    return floats[skipped[0] :], numbers[skipped[1] :]
+def _desks(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, int]:
+    """Working memory, a desk a line of pixels, each on whole cache lines: floats (S rows, S columns, S scores, then the
+    rows and columns of a vector of candidates) and whole numbers (S pixels, LANES pixels of candidates, and for every
+    vector of slots the set of those that changed)."""
+    lines, blocks = shape[0] * shape[1], -(-shape[3] // LANES)
+    size = (3 * blocks + 2) * LANES
+    return torch.empty(lines * size).numpy(), torch.empty(lines * size, dtype=torch.int32).numpy(), size
+
+
+@njit(inline="always")
+def _desk(desks, line):
+    """Pointers to a line's desk."""
+    floats, numbers, size = desks
+    return lanes.advanced(lanes.pointer(floats), line * size), lanes.advanced(lanes.pointer(numbers), line * size)
+
+
+@njit(inline="always")
+def _pointers(state, swapped):
+    """Pointers to a state: positions, scores, and the two kinds of sets, those that this pass needs first."""
+    positions, scores, across, down = state
+    if swapped:
+        across, down = down, across
+    return lanes.pointer(positions), lanes.pointer(scores), lanes.pointer(across), lanes.pointer(down)
 
 
 @njit(inline="always")
@@ -218,7 +264,10 @@ def _place(desk, slots, pixel, low):
 
 @njit
 def _accept(desk, slots, candidate, pixel, low):
-    """Put (y, x, score), which beats the lowest score, into its slot, unless its pixel is held by a better one. Returns the new lowest score."""
+    """Put (y, x, score), which beats the lowest score, into its slot, unless a better one holds its pixel.
+
+    Returns the new lowest score.
+    """
     floats, numbers = desk
     y, x, score = candidate
     slot, holds = _place(desk, slots, pixel, low)
@@ -234,10 +283,12 @@ def _accept(desk, slots, candidate, pixel, low):
 
 
 @njit
-def _offer(fx, at, fy, image, limits, desk, slots, candidates, low, blocks):
-    """Let a vector of candidates (ys, xs, the set of lanes that count) compete for the desk's slots. Returns the new lowest score."""
+def _offer(here, limits, desk, slots, ys, xs, waiting, low, blocks):
+    """Let those of a vector's candidates that are in the set `waiting` compete for the desk's slots.
+
+    Returns the new lowest score.
+    """
     floats, numbers = desk
-    ys, xs, waiting = candidates
     for block in range(0, slots, LANES):
         waiting &= ~lanes.held(ys, xs, floats, block, slots + block)
     if waiting == 0:
@@ -250,7 +301,7 @@ def _offer(fx, at, fy, image, limits, desk, slots, candidates, low, blocks):
         lane = lanes.first(waiting)
         waiting &= waiting - 1
         y, x = floats[tried + lane], floats[tried + LANES + lane]
-        score = _similarity(fx, at, fy, image, limits, y, x, blocks)
+        score = _similarity(*here, limits, y, x, blocks)
         if score > low:
             low = _accept(desk, slots, (y, x, score), numbers[slots + lane], low)
     return low
@@ -284,50 +335,67 @@ def _put_back(desk, slots, positions, scores, pixel):
         lanes.store(scores, slots * pixel + block, lanes.load(floats, 2 * slots + block))
 
 
+@njit
+def _pass_line(fx, fy, shape, limits, blocks, vertical, line, desk, old, new):
+    """A line of pixels of `_pass`; old and new are states."""
+    _, height, width, candidates, _ = shape
+    slots, sets = -(-candidates // LANES) * LANES, -(-candidates // LANES)
+    positions, scores, fresh, other_fresh = old
+    size, step = (height, width) if vertical else (width, 1)
+    for j in range(width):
+        pixel = line * width + j
+        low = _lay_out(positions, scores, pixel, limits[1], desk, slots)
+        here = fx, pixel * LANES * len(blocks), fy, line // height
+        for shift in (-1, 1):
+            at = (line % height if vertical else j) + shift
+            if 0 <= at < size:
+                for block in range(sets):
+                    n = (pixel + shift * step) * sets + block
+                    if fresh[n]:
+                        candidates_there = _shifted(positions, n, sets, shift, vertical, limits)
+                        low = _offer(here, limits, desk, slots, *candidates_there, np.int64(fresh[n]), low, blocks)
+        _put_back(desk, slots, new[0], new[1], pixel)
+        for block in range(sets):
+            n, changed = pixel * sets + block, np.uint16(desk[1][slots + LANES + block])
+            new[2][n], new[3][n] = changed, other_fresh[n] | changed
+
+
+@njit(inline="always")
+def _shifted(positions, n, sets, shift, vertical, limits):
+    """The positions of vector number n of the state, continued by one pixel."""
+    source, slots = (n // sets * 2 * sets + n % sets) * LANES, sets * LANES
+    ys, xs = lanes.load(positions, source), lanes.load(positions, source + slots)
+    if vertical:
+        ys = _clamped(lanes.subtract(ys, lanes.splat(np.float32(shift))), limits[0])
+    else:
+        xs = _clamped(lanes.subtract(xs, lanes.splat(np.float32(shift))), limits[1])
+    return ys, xs
+
+
 @njit(parallel=True, cache=True)
-def _pass(fx, fy, shape, limits, blocks, vertical, positions, scores, fresh, new_positions, new_scores, new_fresh):
-    """One propagation pass along one axis: `neighbour_candidates` and `best_distinct` at once."""
-    batch, height, width, candidates, _ = shape
-    slots, step = -(-candidates // LANES) * LANES, width if vertical else 1
-    axis = 1 if vertical else 0
-    for line in prange(batch * height):
-        desk = _desk(slots)
-        for j in range(width):
-            pixel = line * width + j
-            low = _lay_out(positions, scores, pixel, limits[1], desk, slots)
-            for shift in (-1, 1):
-                at = (line % height if vertical else j) + shift
-                if at < 0 or at >= (height if vertical else width):
-                    continue
-                other = pixel + shift * step
-                for block in range(slots // LANES):
-                    waiting = np.int64(fresh[axis, other * (slots // LANES) + block])
-                    if waiting == 0:
-                        continue
-                    source = 2 * slots * other + block * LANES
-                    ys, xs = lanes.load(positions, source), lanes.load(positions, source + slots)
-                    if vertical:
-                        ys = _clamped(lanes.subtract(ys, lanes.splat(np.float32(shift))), limits[0])
-                    else:
-                        xs = _clamped(lanes.subtract(xs, lanes.splat(np.float32(shift))), limits[1])
-                    low = _offer(
-                        fx, pixel * LANES * len(blocks), fy, line // height, limits, desk, slots, (ys, xs, waiting), low, blocks
-                    )
-            _put_back(desk, slots, new_positions, new_scores, pixel)
-            for block in range(slots // LANES):
-                n, changed = pixel * (slots // LANES) + block, np.uint16(desk[1][slots + LANES + block])
-                new_fresh[axis, n], new_fresh[1 - axis, n] = changed, fresh[1 - axis, n] | changed
+def _pass(fx, fy, shape, limits, blocks, vertical, desks, old, new):
+    """One propagation pass along one axis: `neighbour_candidates` and `best_distinct` at once. old, new: states."""
+    for line in prange(shape[0] * shape[1]):
+        _pass_line(
+            lanes.pointer(fx),
+            lanes.pointer(fy),
+            shape,
+            limits,
+            blocks,
+            vertical,
+            line,
+            _desk(desks, line),
+            _pointers(old, vertical),
+            _pointers(new, vertical),
+        )
 
 
 @njit
-def _read(field, i, j, b, limits, desk, slots):
+def _read(field, pixel, candidates, limits, desk, slots):
     """A pixel's positions, clamped, onto the desk; scores beyond K infinite."""
     floats, numbers = desk
-    candidates = field.shape[3]
-    for k in range(slots):
-        floats[k] = field[b, i, j, k, 0] if k < candidates else np.float32(0)
-        floats[slots + k] = field[b, i, j, k, 1] if k < candidates else np.float32(0)
-        floats[2 * slots + k] = -EMPTY
+    for k in range(candidates):
+        floats[k], floats[slots + k] = field[2 * (pixel * candidates + k)], field[2 * (pixel * candidates + k) + 1]
     for block in range(0, slots, LANES):
         ys = _clamped(lanes.load(floats, block), limits[0])
         xs = _clamped(lanes.load(floats, slots + block), limits[1])
@@ -335,15 +403,15 @@ def _read(field, i, j, b, limits, desk, slots):
         lanes.store(floats, slots + block, xs)
         lanes.store(numbers, block, _pixels(ys, xs, np.int32(limits[1])))
     for k in range(candidates, slots):
-        floats[slots + k], numbers[k] = NOWHERE, NOWHERE
+        floats[k], floats[slots + k], floats[2 * slots + k], numbers[k] = 0, NOWHERE, -EMPTY, NOWHERE
 
 
 @njit
-def _score(fx, at, fy, image, limits, desk, slots, candidates, blocks):
+def _score(here, limits, desk, slots, candidates, blocks):
     """Scores of the desk's positions."""
     floats, _ = desk
     for k in range(candidates):
-        floats[2 * slots + k] = _similarity(fx, at, fy, image, limits, floats[k], floats[slots + k], blocks)
+        floats[2 * slots + k] = _similarity(*here, limits, floats[k], floats[slots + k], blocks)
 
 
 @njit
@@ -362,79 +430,189 @@ def _is_duplicate(desk, slots, k):
     return False
 
 
-@njit(parallel=True, cache=True)
-def _enter(fx, fy, field, known, limits, blocks, positions, scores, fresh):
-    """A field B,h,w,K,2 into a state. `known`: its scores B,h,w,K, or nothing."""
-    batch, height, width, candidates, _ = field.shape
-    slots = -(-candidates // LANES) * LANES
-    for line in prange(batch * height):
-        desk = _desk(slots)
-        floats, numbers = desk
-        b, i = line // height, line % height
-        for j in range(width):
-            pixel = line * width + j
-            _read(field, i, j, b, limits, desk, slots)
-            if known.size:
-                for k in range(candidates):
-                    floats[2 * slots + k] = known[b, i, j, k]
+@njit
+def _enter_pixel(desk, slots, candidates, state, pixel):
+    """The desk into a state, duplicates emptied."""
+    floats, _ = desk
+    positions, scores, fresh, fresh_downward = state
+    _put_back(desk, slots, positions, scores, pixel)
+    for block in range(slots // LANES):
+        filled, there = 0, min(candidates - block * LANES, LANES)
+        for k in range(block * LANES, block * LANES + there):
+            if floats[2 * slots + k] == EMPTY or _is_duplicate(desk, slots, k):
+                scores[slots * pixel + k] = EMPTY
             else:
-                _score(fx, pixel * LANES * len(blocks), fy, b, limits, desk, slots, candidates, blocks)
-            _put_back(desk, slots, positions, scores, pixel)
-            for block in range(slots // LANES):
-                filled = 0
-                for k in range(block * LANES, min(candidates, block * LANES + LANES)):
-                    if floats[2 * slots + k] == EMPTY or _is_duplicate(desk, slots, k):
-                        scores[slots * pixel + k] = EMPTY
-                    else:
-                        filled |= 1 << (k % LANES)
-                there = (1 << min(candidates - block * LANES, LANES)) - 1  # the definition offers duplicates as well
-                fresh[0, pixel * (slots // LANES) + block] = there
-                fresh[1, pixel * (slots // LANES) + block] = filled
-
-
-@njit(parallel=True, cache=True)
-def _evaluate(fx, fy, field, limits, blocks, clamped, scores):
-    """A field B,h,w,K,2 as it stands: clamped, scored (B,h,w,K), duplicates emptied."""
-    batch, height, width, candidates, _ = field.shape
-    slots = -(-candidates // LANES) * LANES
-    for line in prange(batch * height):
-        desk = _desk(slots)
-        b, i = line // height, line % height
-        for j in range(width):
-            _read(field, i, j, b, limits, desk, slots)
-            _score(fx, (line * width + j) * LANES * len(blocks), fy, b, limits, desk, slots, candidates, blocks)
-            for k in range(candidates):
-                clamped[b, i, j, k, 0], clamped[b, i, j, k, 1] = desk[0][k], desk[0][slots + k]
-                scores[b, i, j, k] = EMPTY if _is_duplicate(desk, slots, k) else desk[0][2 * slots + k]
+                filled |= 1 << (k % LANES)
+        n = pixel * (slots // LANES) + block
+        fresh[n], fresh_downward[n] = (1 << there) - 1, filled  # the definition offers duplicates as well
 
 
 @njit
-def _rank(scores, at, slots, k):
-    """How many of scores[at : at + S] are higher than the kth, or as high and earlier."""
-    mine, ahead = lanes.splat(scores[at + k]), 0
+def _enter_line(fx, fy, field, known, shape, limits, blocks, line, desk, state):
+    """A line of pixels of `_enter`."""
+    _, height, width, candidates, _ = shape
+    slots = -(-candidates // LANES) * LANES
+    for j in range(width):
+        pixel = line * width + j
+        _read(field, pixel, candidates, limits, desk, slots)
+        if known[1]:
+            for k in range(candidates):
+                desk[0][2 * slots + k] = known[0][pixel * candidates + k]
+        else:
+            _score((fx, pixel * LANES * len(blocks), fy, line // height), limits, desk, slots, candidates, blocks)
+        _enter_pixel(desk, slots, candidates, state, pixel)
+
+
+@njit(parallel=True, cache=True)
+def _enter(fx, fy, field, known, shape, limits, blocks, desks, state):
+    """A field B,h,w,K,2 into a state. `known`: its scores B,h,w,K, or nothing."""
+    for line in prange(shape[0] * shape[1]):
+        scores = lanes.pointer(known), known.size > 0
+        _enter_line(
+            lanes.pointer(fx),
+            lanes.pointer(fy),
+            lanes.pointer(field),
+            scores,
+            shape,
+            limits,
+            blocks,
+            line,
+            _desk(desks, line),
+            _pointers(state, False),
+        )
+
+
+@njit
+def _evaluate_line(fx, fy, field, shape, limits, blocks, line, desk, clamped, scores):
+    """A line of pixels of `_evaluate`."""
+    _, height, width, candidates, _ = shape
+    slots = -(-candidates // LANES) * LANES
+    for j in range(width):
+        pixel = line * width + j
+        _read(field, pixel, candidates, limits, desk, slots)
+        _score((fx, pixel * LANES * len(blocks), fy, line // height), limits, desk, slots, candidates, blocks)
+        for k in range(candidates):
+            n = pixel * candidates + k
+            clamped[2 * n], clamped[2 * n + 1] = desk[0][k], desk[0][slots + k]
+            scores[n] = EMPTY if _is_duplicate(desk, slots, k) else desk[0][2 * slots + k]
+
+
+@njit(parallel=True, cache=True)
+def _evaluate(fx, fy, field, shape, limits, blocks, desks, clamped, scores):
+    """A field B,h,w,K,2 as it stands: clamped, scored (B,h,w,K), duplicates emptied."""
+    for line in prange(shape[0] * shape[1]):
+        given = lanes.pointer(fx), lanes.pointer(fy), lanes.pointer(field)
+        _evaluate_line(
+            *given, shape, limits, blocks, line, _desk(desks, line), lanes.pointer(clamped), lanes.pointer(scores)
+        )
+
+
+@njit
+def _rank(scores, slots, k):
+    """How many of S scores are higher than the kth, or as high and earlier."""
+    mine, ahead = lanes.splat(scores[k]), 0
     for block in range(0, slots, LANES):
-        others = lanes.load(scores, at + block)
+        others = lanes.load(scores, block)
         before = (1 << min(max(k - block, 0), LANES)) - 1
         ahead += lanes.count(lanes.greater(others, mine)) + lanes.count(lanes.equal(others, mine) & before)
     return ahead
 
 
-@njit(parallel=True, cache=True)
-def _leave(positions, scores, field, strengths):
-    """A state into a field B,h,w,K,2 and its scores B,h,w,K, best first; empty slots repeat the best one's position."""
-    batch, height, width, candidates, _ = field.shape
+@njit
+def _sort_pixel(positions, scores, candidates, field, strengths):
+    """S rows and S columns, and S scores, into K positions and scores, best first."""
     slots = -(-candidates // LANES) * LANES
-    for line in prange(batch * height):
-        b, i = line // height, line % height
-        for j in range(width):
-            at = (line * width + j) * slots
-            for k in range(candidates):
-                rank = _rank(scores, at, slots, k) - (slots - candidates)
-                strengths[b, i, j, rank] = scores[at + k]
-                field[b, i, j, rank, 0], field[b, i, j, rank, 1] = positions[2 * at + k], positions[2 * at + slots + k]
-            for k in range(1, candidates):
-                if strengths[b, i, j, k] == EMPTY:
-                    field[b, i, j, k, 0], field[b, i, j, k, 1] = field[b, i, j, 0, 0], field[b, i, j, 0, 1]
+    for k in range(candidates):
+        n = _rank(scores, slots, k) - (slots - candidates)
+        strengths[n], field[2 * n], field[2 * n + 1] = scores[k], positions[k], positions[slots + k]
+
+
+@njit
+def _leave_line(positions, scores, shape, line, field, strengths):
+    """A line of pixels of `_leave`."""
+    candidates = shape[3]
+    slots = -(-candidates // LANES) * LANES
+    for pixel in range(line * shape[2], (line + 1) * shape[2]):
+        mine, best = lanes.advanced(field, 2 * pixel * candidates), lanes.advanced(strengths, pixel * candidates)
+        _sort_pixel(
+            lanes.advanced(positions, 2 * pixel * slots), lanes.advanced(scores, pixel * slots), candidates, mine, best
+        )
+        for k in range(1, candidates):
+            if best[k] == EMPTY:
+                mine[2 * k], mine[2 * k + 1] = mine[0], mine[1]
+
+
+@njit(parallel=True, cache=True)
+def _leave(shape, positions, scores, field, strengths):
+    """A state into a field B,h,w,K,2 and its scores B,h,w,K, best first; empty slots repeat the best one's position."""
+    for line in prange(shape[0] * shape[1]):
+        _leave_line(
+            lanes.pointer(positions), lanes.pointer(scores), shape, line, lanes.pointer(field), lanes.pointer(strengths)
+        )
+
+
+@njit
+def _sort_line(field, scores, shape, line, desk, positions, strengths):
+    """A line of pixels of `_sort`."""
+    floats, candidates = desk[0], shape[3]
+    slots = -(-candidates // LANES) * LANES
+    for k in range(candidates, slots):
+        floats[2 * slots + k] = -EMPTY
+    for n in range(line * shape[2] * candidates, (line + 1) * shape[2] * candidates, candidates):
+        for k in range(candidates):
+            floats[k], floats[slots + k] = field[2 * (n + k)], field[2 * (n + k) + 1]
+            floats[2 * slots + k] = scores[n + k]
+        to = lanes.advanced(positions, 2 * n), lanes.advanced(strengths, n)
+        _sort_pixel(floats, lanes.advanced(floats, 2 * slots), candidates, *to)
+
+
+@njit(parallel=True, cache=True)
+def _sort(field, scores, shape, desks, positions, strengths):
+    """A field B,h,w,K,2 and its scores B,h,w,K into the same, best first."""
+    for line in prange(shape[0] * shape[1]):
+        given = lanes.pointer(field), lanes.pointer(scores)
+        _sort_line(*given, shape, line, _desk(desks, line), lanes.pointer(positions), lanes.pointer(strengths))
+
+
+@njit(fastmath=_FAST)
+def _add_colours(exemplar, image, limits, channels, y, x, weight, result):
+    """weight times the exemplar at (y, x), bilinear, added to `result`; exemplar B,H,W,channels."""
+    y0, y1, v = _corners(y, limits[0])
+    x0, x1, u = _corners(x, limits[1])
+    top, bottom, one = (image * limits[0] + y0) * limits[1], (image * limits[0] + y1) * limits[1], np.float32(1)
+    w00, w01, w10, w11 = (one - v) * (one - u), (one - v) * u, v * (one - u), v * u
+    for c in range(channels):
+        above = w00 * exemplar[(top + x0) * channels + c] + w01 * exemplar[(top + x1) * channels + c]
+        below = w10 * exemplar[(bottom + x0) * channels + c] + w11 * exemplar[(bottom + x1) * channels + c]
+        result[c] += weight * (above + below)
+
+
+@njit
+def _warp_line(exemplar, field, scores, shape, limits, channels, temperature, line, result):
+    """A line of pixels of `_warp`."""
+    _, height, width, candidates, _ = shape
+    for pixel in range(line * width, (line + 1) * width):
+        first, total, mine = pixel * candidates, np.float32(0), lanes.advanced(result, pixel * channels)
+        best = scores[first]
+        for n in range(first + 1, first + candidates):
+            best = max(best, scores[n])
+        for c in range(channels):
+            mine[c] = np.float32(0)
+        for n in range(first, first + candidates):
+            weight = np.exp((scores[n] - best) / temperature)
+            if weight > NEGLIGIBLE:
+                total += weight
+                _add_colours(exemplar, line // height, limits, channels, field[2 * n], field[2 * n + 1], weight, mine)
+        for c in range(channels):
+            mine[c] /= total
+
+
+@njit(parallel=True, cache=True)
+def _warp(exemplar, field, scores, shape, limits, channels, temperature, result):
+    """Eq. 8: exemplar B,H,W,C; field B,h,w,K,2 inside it; scores B,h,w,K. Result B,h,w,C."""
+    for line in prange(shape[0] * shape[1]):
+        given = lanes.pointer(exemplar), lanes.pointer(field), lanes.pointer(scores)
+        _warp_line(*given, shape, limits, channels, temperature, line, lanes.pointer(result))
 
 
 @njit(inline="always")

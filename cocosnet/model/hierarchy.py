@@ -16,8 +16,8 @@ from cocosnet.config import MatchingConfig
 from cocosnet.model.convgru import Refinement
 from cocosnet.model.exact import exact_top_k, exact_warp
 from cocosnet.model.matches import Matches
-from cocosnet.model.patchmatch import best_first, select_engine
-from cocosnet.model.warp import child_positions, downsample, soft_warp, upsample_positions
+from cocosnet.model.patchmatch import Engine, select_engine
+from cocosnet.model.warp import child_positions, downsample, upsample_positions
 
 
 @dataclass
@@ -75,17 +75,24 @@ class PatchMatchLevel(nn.Module):
     def forward(self, coarse: Matches, features_x: Tensor, features_y: Tensor, exemplar: Tensor) -> Level:
         """coarse: H_{l-1}; features B,C,h,w and B,C,H,W of unit length; exemplar B,3,H,W."""
         positions = child_positions(coarse.positions.detach(), *features_x.shape[-2:])
+        engine = select_engine(self.backend, features_x, positions.shape[1])
+        # Channels last is how engines and convolutions read them: once a level instead of once an iteration.
+        x, y = (f.contiguous(memory_format=torch.channels_last) for f in (features_x, features_y))
+        if self.refinement is None and self.propagation and not torch.is_grad_enabled() and not self.training:
+            matches = engine.propagate(positions, x, y, iterations=self.iterations)
+            return Level(matches, [engine.soft_warp(exemplar, matches.positions, matches.scores, self.temperature)])
         state, warps, scores = None, [], None
         for iteration in range(self.iterations):
-            state, matches = self.iterate(state, positions.detach(), features_x, features_y, scores)
+            state, matches = self.iterate(engine, state, positions.detach(), x, y, scores)
             scores = matches.scores.detach()
             if self.training or iteration == self.iterations - 1:
-                warps.append(soft_warp(exemplar, matches.positions, matches.scores, self.temperature))
+                warps.append(engine.soft_warp(exemplar, matches.positions, matches.scores, self.temperature))
             positions = matches.positions
-        return Level(best_first(matches), warps)
+        return Level(engine.best_first(matches), warps)
 
     def iterate(
         self,
+        engine: Engine,
         state: Tensor | None,
         positions: Tensor,
         features_x: Tensor,
@@ -93,7 +100,6 @@ class PatchMatchLevel(nn.Module):
         scores: Tensor | None = None,
     ) -> tuple[Tensor | None, Matches]:
         """One iteration from H_t and, where known, its scores. Returns the GRU's state and the scored H_{t+1}."""
-        engine = select_engine(self.backend, features_x, positions.shape[1])
         with torch.no_grad():
             x, y = features_x.detach(), features_y.detach()
             proposed = (

@@ -1,8 +1,9 @@
 """Sixteen numbers at once inside numba's kernels: the few vector operations that its compiler does not find by itself.
 
-A value of `LANES` numbers (float32 or int32) is one AVX-512 register, two of AVX2, four of NEON; LLVM divides it as the
-machine at hand needs. Arrays are addressed by flat index, unchecked, so callers own the bounds. A set of lanes is an
-int64 with one bit a lane, lane 0 lowest.
+A value of `LANES` numbers (float32 or int32) is one AVX-512 register, two of AVX2, four of NEON; LLVM divides it as
+the machine at hand needs. Memory is addressed by a pointer and an index into it, unchecked, so callers own the bounds,
+and keep the array alive. (Arrays themselves would be counted, atomically, wherever they are passed on: that took most
+of the time.) A set of lanes is an int64 with one bit a lane, lane 0 lowest.
 """
 
 from __future__ import annotations
@@ -42,11 +43,31 @@ FLOATS, INTS = Vector(types.float32), Vector(types.int32)
 
 
 @intrinsic
-def load(_typing, array, index):
-    """array[index : index + LANES]."""
+def pointer(_typing, array):
+    """Where a contiguous array begins; the pointer can be indexed."""
 
     def generate(context, builder, signature, values):
-        return builder.load(_place(context, builder, signature, values), align=4)
+        return context.make_array(signature.args[0])(context, builder, value=values[0]).data
+
+    return types.CPointer(array.dtype)(array), generate
+
+
+@intrinsic
+def advanced(_typing, array, index):
+    """The pointer to array[index]."""
+
+    def generate(_context, builder, _signature, values):
+        return builder.gep(values[0], [values[1]])
+
+    return array(array, types.intp), generate
+
+
+@intrinsic
+def load(_typing, array, index):
+    """array[index : index + LANES]; `array` is a pointer here and below."""
+
+    def generate(context, builder, signature, values):
+        return builder.load(_place(builder, signature, values), align=4)
 
     return Vector(array.dtype)(array, types.intp), generate
 
@@ -56,7 +77,7 @@ def store(_typing, array, index, vector):
     """array[index : index + LANES] = vector."""
 
     def generate(context, builder, signature, values):
-        builder.store(values[2], _place(context, builder, signature, values), align=4)
+        builder.store(values[2], _place(builder, signature, values), align=4)
         return context.get_dummy_value()
 
     return types.void(array, types.intp, vector), generate
@@ -149,14 +170,13 @@ def choose(_typing, lanes, a, b):
 def held(_typing, ys, xs, own, own_ys, own_xs):
     """The set of lanes whose (y, x) is, bit by bit, one of own[own_ys : + LANES], own[own_xs : + LANES]."""
 
-    def generate(context, builder, signature, values):
+    def generate(_context, builder, _signature, values):
         y, x = (builder.bitcast(v, INTS.llvm) for v in values[:2])
         found = ir.Constant(ir.VectorType(ir.IntType(1), LANES), None)
-        base = _data(context, builder, signature.args[2], values[2])
         for lane in range(LANES):
             mine = []
             for start in values[3:]:
-                at = builder.gep(base, [builder.add(start, ir.Constant(start.type, lane))])
+                at = builder.gep(values[2], [builder.add(start, ir.Constant(start.type, lane))])
                 word = builder.load(builder.bitcast(at, ir.IntType(32).as_pointer()))
                 mine.append(_splat(builder, INTS.llvm, word))
             differ = builder.or_(builder.xor(y, mine[0]), builder.xor(x, mine[1]))
@@ -201,7 +221,7 @@ def dot(_typing, a, at, b, place, blocks):
     """Sum over c < LANES * len(blocks) of a[at + c] * b[place + c]."""
 
     def generate(context, builder, signature, values):
-        first_of, second_of = (_reader(context, builder, signature, values, n) for n in (0, 2))
+        first_of, second_of = (_reader(builder, values[n]) for n in (0, 2))
         total = ir.Constant(FLOATS.llvm, None)
         for block in range(signature.args[4].count):
             product = builder.fmul(first_of(values[1], block), second_of(values[3], block), flags=_LOOSE)
@@ -216,7 +236,7 @@ def blended_dot(_typing, a, at, b, places, weights, blocks):
     """Sum over c < LANES * len(blocks) of a[at + c] times the sum over four n of weights[n] * b[places[n] + c]."""
 
     def generate(context, builder, signature, values):
-        first_of, second_of = (_reader(context, builder, signature, values, n) for n in (0, 2))
+        first_of, second_of = (_reader(builder, values[n]) for n in (0, 2))
         places, weights = (cgutils.unpack_tuple(builder, v, 4) for v in values[3:5])
         weights = [_splat(builder, FLOATS.llvm, weight) for weight in weights]
         total = ir.Constant(FLOATS.llvm, None)
@@ -233,20 +253,14 @@ def blended_dot(_typing, a, at, b, places, weights, blocks):
     return types.float32(a, types.intp, b, *four, blocks), generate
 
 
-def _data(context, builder, array: types.Array, value: ir.Value) -> ir.Value:
-    return context.make_array(array)(context, builder, value=value).data
+def _place(builder, signature, values) -> ir.Value:
+    """Where the vector at a pointer (first argument) plus an index (second) lies."""
+    vector = Vector(signature.args[0].dtype).llvm
+    return builder.bitcast(builder.gep(values[0], [values[1]]), vector.as_pointer())
 
 
-def _place(context, builder, signature, values) -> ir.Value:
-    """A pointer to the vector at array (first argument), flat index (second)."""
-    array = signature.args[0]
-    at = builder.gep(_data(context, builder, array, values[0]), [values[1]])
-    return builder.bitcast(at, Vector(array.dtype).llvm.as_pointer())
-
-
-def _reader(context, builder, signature, values, argument: int) -> Callable[[ir.Value, int], ir.Value]:
-    """Reads vector number `block` from a flat index on, of the array that is the `argument`th argument."""
-    base = _data(context, builder, signature.args[argument], values[argument])
+def _reader(builder, base: ir.Value) -> Callable[[ir.Value, int], ir.Value]:
+    """Reads vector number `block` from an index of a pointer on."""
 
     def read(index: ir.Value, block: int) -> ir.Value:
         at = builder.gep(base, [builder.add(index, ir.Constant(index.type, LANES * block))])

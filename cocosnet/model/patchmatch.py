@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cocosnet.errors import MissingDependency
 from cocosnet.model.matches import Matches
-from cocosnet.model.warp import clamp_positions, sample
+from cocosnet.model.warp import clamp_positions, sample, soft_warp
 
 logger = logging.getLogger(__name__)
 AXES = (-1, -2)  # horizontal first, then vertical
@@ -30,8 +30,10 @@ CHUNK = 2**25  # sampled feature values held at once: 128 MiB of float32
 
 
 @torch.no_grad()
-def propagate(positions: Tensor, features_x: Tensor, features_y: Tensor, scores: Tensor | None = None) -> Matches:
-    """H' = propagation(H, f^x, f^y), Eq. 5, one horizontal and one vertical pass.
+def propagate(
+    positions: Tensor, features_x: Tensor, features_y: Tensor, scores: Tensor | None = None, iterations: int = 1
+) -> Matches:
+    """H' = propagation(H, f^x, f^y), Eq. 5, one horizontal and one vertical pass, `iterations` times.
 
     positions B,K,2,h,w (clamped here); features_x B,C,h,w and features_y B,C,H,W of unit length, float32.
     scores B,K,h,w: what `evaluate` gave for these positions and features, where it is at hand. It spares an engine from
@@ -39,7 +41,7 @@ def propagate(positions: Tensor, features_x: Tensor, features_y: Tensor, scores:
     Returns the K best distinct candidates of every pixel, best first.
     """
     positions = clamp_positions(positions, *features_y.shape[-2:])
-    for axis in AXES:
+    for axis in AXES * iterations:
         matches = best_distinct(neighbour_candidates(positions, axis), features_x, features_y, positions.shape[1])
         positions = matches.positions
     return matches
@@ -130,11 +132,13 @@ def best_first(matches: Matches) -> Matches:
 
 @dataclass(frozen=True)
 class Engine:
-    """A way to compute the two operations; every engine has the signatures and results of this file's functions."""
+    """A way to compute these operations; every engine has the signatures and results of the functions named here."""
 
     name: str
     propagate: Callable[..., Matches]
     evaluate: Callable[[Tensor, Tensor, Tensor], Matches]
+    best_first: Callable[[Matches], Matches] = best_first
+    soft_warp: Callable[[Tensor, Tensor, Tensor, float], Tensor] = soft_warp
 
 
 NEEDS = {
@@ -177,7 +181,7 @@ def _compiled() -> Engine | None:
     except (ImportError, RuntimeError) as error:  # absent, too old for this NumPy, or no folder for its cache
         logger.warning("matching runs on its slow reference engine, since numba does not load (%s)", error)
         return None
-    return Engine("compiled", compiled.propagate, compiled.evaluate)
+    return Engine("compiled", compiled.propagate, compiled.evaluate, compiled.best_first, compiled.soft_warp)
 
 
 def _triton(features: Tensor, candidates: int) -> Engine | None:

@@ -34,7 +34,9 @@ def can_handle(features: Tensor, candidates: int) -> bool:
 
 
 @torch.no_grad()
-def propagate(positions: Tensor, features_x: Tensor, features_y: Tensor, scores: Tensor | None = None) -> Matches:
+def propagate(
+    positions: Tensor, features_x: Tensor, features_y: Tensor, scores: Tensor | None = None, iterations: int = 1
+) -> Matches:
     """`patchmatch.propagate`: the same arguments and result, up to ties and rounding of sums.
 
     Raises:
@@ -43,7 +45,7 @@ def propagate(positions: Tensor, features_x: Tensor, features_y: Tensor, scores:
     field = _inner(clamp_positions(positions, *features_y.shape[-2:]))
     fx, fy = _channels_last(features_x), _channels_last(features_y)
     known = _scores(field, fx, fy) if scores is None else scores.permute(0, 2, 3, 1).float().contiguous()
-    for vertical in (False, True):
+    for vertical in (False, True) * iterations:
         best, best_scores = torch.empty_like(field), torch.empty_like(known)
         _launch(_pass_kernel, field, fx, fy, field, known, best, best_scores, VERTICAL=vertical)
         field, known = best, best_scores

@@ -70,11 +70,13 @@ def child_positions(positions_BK2hw: Tensor, height: int, width: int) -> Tensor:
     Returns B,K,2,height,width, not clamped, best coarse match first.
     """
     candidates = positions_BK2hw.shape[1]
-    parents = upsample_positions(positions_BK2hw[:, : -(-candidates // 4)], height, width)
-    own = pixel_grid(height, width, parents.device).remainder(2)
-    corners = parents.new_tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).view(4, 2, 1, 1)
-    steps = (own + corners).remainder(2) - own  # from the own corner to each of the four
-    return (parents.unsqueeze(2) + steps).flatten(1, 2)[:, :candidates]
+    doubled = 2 * positions_BK2hw[:, : -(-candidates // 4)].permute(0, 3, 4, 1, 2)  # B,h,w,parents,2
+    sub, corner = torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij")  # of the fine pixel and of the match
+    steps = torch.stack([(sub // 2 + corner // 2) % 2, (sub + corner) % 2], dim=-1).to(doubled)
+    children = doubled[:, :, None, :, None, :, None] + steps.view(1, 1, 2, 1, 2, 1, 4, 2)
+    # B,h,2,w,2,parents,4,2: in this order the next two lines copy nothing, and a pixel's candidates lie together.
+    children = children.flatten(5, 6).flatten(3, 4).flatten(1, 2)
+    return children[:, :height, :width, :candidates].permute(0, 3, 4, 1, 2)
 
 
 def downsample(image_BCHW: Tensor, factor: int) -> Tensor:
