@@ -184,11 +184,11 @@ def _outer(positions_BhwK2: Tensor) -> Tensor:
 
 
 def _desks(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, int]:
-    """Working memory, a desk a line of pixels, each on whole cache lines: floats (S rows, S columns, S scores, then the
-    rows and columns of a vector of candidates) and whole numbers (S pixels, LANES pixels of candidates, and for every
-    vector of slots the set of those that changed)."""
+    """Working memory, a desk a line of pixels, each on whole cache lines: floats (S rows, S columns, S scores, then
+    those of a vector of candidates) and whole numbers (S pixels, LANES pixels of candidates, and for every vector of
+    slots the set of those that changed)."""
     lines, blocks = shape[0] * shape[1], -(-shape[3] // LANES)
-    size = (3 * blocks + 2) * LANES
+    size = (3 * blocks + 3) * LANES
     return torch.empty(lines * size).numpy(), torch.empty(lines * size, dtype=torch.int32).numpy(), size
 
 
@@ -239,11 +239,12 @@ def _similarity(fx, at, fy, image, limits, y, x, blocks):
 
 
 @njit
-def _weakest(floats, slots):
-    """The lowest score on the desk."""
-    low = lanes.least(lanes.load(floats, 2 * slots))
-    for block in range(LANES, slots, LANES):
-        low = min(low, lanes.least(lanes.load(floats, 2 * slots + block)))
+def _weakest(scores, slots, vector, block):
+    """The lowest of S scores, of which those from `block` on are at hand as a vector."""
+    low = lanes.least(vector)
+    for other in range(0, slots, LANES):
+        if other != block:
+            low = min(low, lanes.least(lanes.load(scores, other)))
     return low
 
 
@@ -276,10 +277,11 @@ def _accept(desk, slots, candidate, pixel, low):
     block, lane = slot // LANES * LANES, slot % LANES
     lanes.store(floats, block, lanes.replace(lanes.load(floats, block), lane, y))
     lanes.store(floats, slots + block, lanes.replace(lanes.load(floats, slots + block), lane, x))
-    lanes.store(floats, 2 * slots + block, lanes.replace(lanes.load(floats, 2 * slots + block), lane, score))
+    scores = lanes.replace(lanes.load(floats, 2 * slots + block), lane, score)
+    lanes.store(floats, 2 * slots + block, scores)
     lanes.store(numbers, block, lanes.replace(lanes.load(numbers, block), lane, pixel))
     numbers[slots + LANES + slot // LANES] |= np.int32(1) << np.int32(lane)
-    return _weakest(floats, slots)
+    return _weakest(lanes.advanced(floats, 2 * slots), slots, scores, block)
 
 
 @njit
@@ -297,13 +299,20 @@ def _offer(here, limits, desk, slots, ys, xs, waiting, low, blocks):
     lanes.store(floats, tried, ys)
     lanes.store(floats, tried + LANES, xs)
     lanes.store(numbers, slots, _pixels(ys, xs, np.int32(limits[1])))
-    while waiting:
-        lane = lanes.first(waiting)
-        waiting &= waiting - 1
-        y, x = floats[tried + lane], floats[tried + LANES + lane]
-        score = _similarity(*here, limits, y, x, blocks)
-        if score > low:
-            low = _accept(desk, slots, (y, x, score), numbers[slots + lane], low)
+    rest = waiting
+    while (
+        rest
+    ):  # all scores before any decision: a processor guesses decisions, and a wrong guess costs as much as a score
+        k = tried + lanes.first(rest)
+        rest &= rest - 1
+        floats[k + 2 * LANES] = _similarity(*here, limits, floats[k], floats[k + LANES], blocks)
+    rest = waiting & lanes.greater(lanes.load(floats, tried + 2 * LANES), lanes.splat(low))
+    while rest:
+        lane = lanes.first(rest)
+        rest &= rest - 1
+        candidate = floats[tried + lane], floats[tried + LANES + lane], floats[tried + 2 * LANES + lane]
+        if candidate[2] > low:
+            low = _accept(desk, slots, candidate, numbers[slots + lane], low)
     return low
 
 
@@ -323,7 +332,7 @@ def _lay_out(positions, scores, pixel, columns, desk, slots):
         lanes.store(floats, 2 * slots + block, strengths)
         lanes.store(numbers, block, lanes.choose(empty, lanes.splat(NOWHERE), _pixels(ys, xs, np.int32(columns))))
         numbers[slots + LANES + block // LANES] = 0
-    return _weakest(floats, slots)
+    return _weakest(lanes.advanced(floats, 2 * slots), slots, strengths, slots - LANES)
 
 
 @njit

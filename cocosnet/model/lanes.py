@@ -147,10 +147,17 @@ def greater(_typing, a, b):
 
 @intrinsic
 def replace(_typing, vector, lane, number):
-    """The vector with another number in one lane."""
+    """The vector with another number in one lane.
 
-    def generate(_context, builder, _signature, values):
-        return builder.insert_element(values[0], values[2], values[1])
+    By comparison: LLVM would make a plain insertion into memory a store of four bytes, and the next read of the whole
+    vector would have to wait for it.
+    """
+
+    def generate(_context, builder, signature, values):
+        numbers = ir.Constant(INTS.llvm, list(range(LANES)))
+        lane = _splat(builder, INTS.llvm, builder.trunc(values[1], ir.IntType(32)))
+        other = _splat(builder, signature.return_type.llvm, values[2])
+        return builder.select(builder.icmp_signed("==", numbers, lane), other, values[0])
 
     return vector(vector, types.intp, vector.dtype), generate
 
