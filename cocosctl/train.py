@@ -108,7 +108,7 @@ def _describe(config: Config, device: str, out: Output) -> None:
 
 
 def _parameter_counts(config: Config) -> dict[str, int]:
-    """Parameters of each network, counted without allocating them."""
+    """Parameters of each network that the config has, counted without allocating them."""
     import torch
 
     from cocosnet.train.networks import build_networks
@@ -117,4 +117,5 @@ def _parameter_counts(config: Config) -> dict[str, int]:
     with torch.device("meta") as nowhere:
         networks = build_networks(learned, nowhere, torch.float32)
     named = {"model": networks.model, "mapping": networks.mapping, "discriminator": networks.discriminator}
-    return {name: sum(parameter.numel() for parameter in network.parameters()) for name, network in named.items()}
+    found = {name: network for name, network in named.items() if network is not None}
+    return {name: sum(parameter.numel() for parameter in network.parameters()) for name, network in found.items()}

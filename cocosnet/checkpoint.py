@@ -61,7 +61,7 @@ def save_model(
     dtype = torch.bfloat16 if compact else torch.float32
     tensors = {name: _stored(tensor, dtype) for name, tensor in model.state_dict().items()}
     texts = {**(metadata or {}), CONFIG_KEY: json.dumps(config_to_dict(model.config))}
-    with atomic_path(path) as temporary:
+    with atomic_path(path, (SafetensorError,)) as temporary:
         save_file(tensors, str(temporary), metadata=texts)
 
 

@@ -204,7 +204,7 @@ class TrainConfig:
     )
     compile: bool = False  # torch.compile for encoders, translator and discriminator
     precision: str = "auto"  # convolutions: fp32, bf16, or auto (bf16 where the device is quick at it)
-    workers: int = 2  # processes that load data
+    workers: int = 2  # processes that load data, at most one a core that this process may use; 0: none of their own
     seed: int = 1234
     tensorboard: bool = False  # also log to RUN/tensorboard (needs the extra cocosctl[tensorboard])
     log_images: int = 500  # images between two lines of stats.jsonl

@@ -15,10 +15,11 @@ _NAME_LIMIT = 120  # bytes of an output's name that come from the id
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, failures: tuple[type[Exception], ...] = ()) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success rename it to `path`, on any error remove it.
 
-    The temporary name keeps `path`'s suffix, so that writers which look at it choose the same format.
+    The temporary name keeps `path`'s suffix, so that writers which look at it choose the same format. `failures`: what
+    the writer raises, besides OSError, where it cannot write.
 
     Raises:
         DataError: the folder cannot be made or written, or the disk is full.
@@ -33,13 +34,20 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield temporary
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot write: {error.strerror or error}; check the folder and its free space"
-        ) from error
+    except (OSError, *failures) as error:
+        raise cannot_write(path, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def cannot_write(path: str | Path, error: Exception) -> DataError:
+    """What to raise where writing `path` failed with `error`."""
+    cause = (
+        error.__context__ if isinstance(error.__context__, OSError) else error
+    )  # what a writer met, not what it says
+    reason = getattr(cause, "strerror", None) or " ".join(str(cause).split())
+    return DataError(f"{path}: cannot write: {reason}; check the folder and its free space")
 
 
 def atomic_write(path: str | Path, content: bytes | str) -> None:

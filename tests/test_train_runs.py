@@ -36,6 +36,17 @@ RUN = """
     Trainer(load_config(config), data, run, "cpu", tick).train()
 """
 
+LIMITED = """
+    import os, resource, sys
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    os.execv(sys.argv[1], sys.argv[1:])
+"""
+ONE_CORE = """
+    import os, sys
+    os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+    os.execv(sys.argv[1], sys.argv[1:])
+"""
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -177,6 +188,49 @@ def test_a_damaged_state_is_passed_over_with_a_note(data, tmp_path, finished):
         path.write_bytes(b"")
     with pytest.raises(CheckpointError, match="none of the 2 states can be read"):
         Trainer(tiny(), data, tmp_path, "cpu").train()
+
+
+def test_no_room_for_a_state_is_said_in_one_line_and_the_one_before_stays(data, tmp_path, finished):
+    """A limit on the size of files stands in for a full disk: the writers meet an OSError in the same place."""
+    run = tmp_path / "run"
+    Trainer(tiny("train.images=4"), data, run, "cpu").train()
+    (tmp_path / "config.yaml").write_text(config_to_yaml(tiny()))
+    command = [sys.executable, "-m", "cocosctl", "train", tmp_path / "config.yaml", "--data", data, "-o", run, "-q"]
+    limited = textwrap.dedent(LIMITED)
+    done = subprocess.run(
+        [sys.executable, "-c", limited, *command], cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.count("\n") == 1 and "state-000000008.pt: cannot write: File too large" in done.stderr
+    assert [path.name for path in (run / "checkpoints").glob("*.pt")] == ["state-000000004.pt"]
+    assert not list(run.rglob(".tmp-*"))
+    Trainer(tiny(), data, run, "cpu").train()
+    assert differences(state(run, 8), state(finished[0], 8)) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot hold a process to one core")
+def test_a_core_is_enough_for_a_run_that_asks_for_more_loading_processes(data, tmp_path):
+    """PyTorch warns of more loading processes than cores; nobody has to read that."""
+    (tmp_path / "config.yaml").write_text(config_to_yaml(tiny("train.images=2", "train.workers=2")))
+    command = [
+        sys.executable,
+        "-m",
+        "cocosctl",
+        "train",
+        tmp_path / "config.yaml",
+        "--data",
+        data,
+        "-o",
+        tmp_path / "r",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(ONE_CORE), *command, "-q"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_run_whose_numbers_stay_not_finite_gives_up_with_its_state_saved(data, tmp_path):

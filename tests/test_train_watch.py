@@ -9,6 +9,7 @@ import pytest
 import torch
 from train_tools import prepared_folder, tiny
 
+from cocosctl.app import run
 from cocosctl.train import _status
 from cocosnet.checkpoint import read_metadata
 from cocosnet.config import PRESET_FOLDER, LossConfig, load_config, preset_names
@@ -65,6 +66,17 @@ def test_what_a_run_needs_is_told_beforehand_and_grows_with_the_picture_and_the_
     assert small["images_at_once"] == 2 and many["images_at_once"] == 8
     assert small["memory_mib"] < large["memory_mib"] and small["memory_mib"] < many["memory_mib"]
     assert small["seconds_per_1000_images"] > 0
+
+
+@pytest.mark.parametrize(("kind", "networks"), [("cocosnet-v2", 3), ("cocosnet", 2), ("spade", 2)])
+def test_a_dry_run_tells_of_every_system(capsys, kind, networks):
+    """The systems that the paper compares with have no mapping network."""
+    command = ["train", "tiny-cpu", "--data", "x", "-o", "x", "--set", f"model.kind={kind}", "--dry-run", "--json"]
+    assert run(command) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["config"]["model"]["kind"] == kind
+    assert len(told["parameters"]) == networks and all(count > 0 for count in told["parameters"].values())
+    assert told["estimate"]["memory_mib"] > 0
 
 
 def test_activations_that_are_computed_again_are_not_kept():

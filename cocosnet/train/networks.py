@@ -135,4 +135,5 @@ def speed_up(networks: Networks, *, checkpointing: bool = False, compiled: bool 
     if compiled:
         parts = {name: part for name, part in networks.model.named_children() if name != "hierarchy"}
         for part in [*parts.values(), networks.discriminator]:
-            part.compile()
+            # Both encoders share their code: with sizes left open, the second one would be compiled for any channels.
+            part.compile(dynamic=False)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cocosnet.errors import MissingDependency
-from cocosnet.files import atomic_write
+from cocosnet.files import atomic_write, cannot_write
 
 
 class RunLog:
@@ -24,11 +24,14 @@ class RunLog:
         self.path = path
 
     def write(self, images: int, values: Mapping[str, Any]) -> None:
-        """Add a line at once. Numbers that are not finite become null, which JSON can hold."""
+        """Add a line at once. Numbers that are not finite become null, which JSON can hold. DataError: no room."""
         line = json.dumps({"images": images, **{name: _plain(value) for name, value in values.items()}})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as stream:
+                stream.write(line + "\n")
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
 
     def note(self, images: int, text: str) -> None:
         """Add a line about something that happened."""

@@ -19,8 +19,8 @@ KEPT = 2
 def save_state(folder: Path, images: int, state: dict[str, Any]) -> Path:
     """Write `state` as the one of `images` images, then drop all but the newest two. Raises DataError if it cannot."""
     path = folder / f"state-{images:09d}.pt"
-    with atomic_path(path) as temporary:
-        torch.save({"format": FORMAT, "images": images, **state}, temporary)
+    with atomic_path(path, (RuntimeError,)) as temporary, open(temporary, "wb") as stream:
+        torch.save({"format": FORMAT, "images": images, **state}, stream)  # a full disk becomes a RuntimeError in there
     prune(folder, "state-*.pt")
     return path
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import shutil
 import signal
 import threading
@@ -252,7 +253,7 @@ class Trainer:
                 self.batches,
                 batch_size=None,
                 sampler=steps,
-                num_workers=train.workers,
+                num_workers=min(train.workers, usable_cores()),  # PyTorch warns of more, which only wait for each other
                 generator=torch.Generator(),  # or it would draw from the global one, differently after a resume
                 pin_memory=self.device.type == "cuda",
                 worker_init_fn=_ignore_signals,
@@ -402,6 +403,12 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, at least 1: a scheduler may have given it fewer than there are."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(found or 1, 1)
 
 
 def _ignore_signals(worker: int) -> None:
