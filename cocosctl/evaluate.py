@@ -120,8 +120,10 @@ def _measure(
         evaluation = Evaluation(names, _own_device(str(resolve_device(device))), seed=seed, sides=sides, shards=shards)
         with out.progress("pairs", len(records) if isinstance(records, list) else None) as advance:
             result = evaluation.run(_counted(records, advance))
-    finally:
-        shards.leave()
+    except BaseException:
+        shards.abandon()
+        raise
+    shards.leave()
     statistics_only = len([path for path in sides.values() if path]) == 2
     if result is not None and not statistics_only and not result["count"] and not result["failed"]:
         raise DataError("there is nothing to measure: no record came in; check the command before this one in the pipe")

@@ -200,7 +200,7 @@ def test_sliced_distances_equal_pot_on_the_same_projections():
         directions /= np.linalg.norm(directions, axis=0)
         distances = ot.wasserstein_1d(first.double().numpy() @ directions, second.double().numpy() @ directions, p=1)
         expected.append(distances.mean())
-    assert sliced_distance(first, second, torch.Generator().manual_seed(3)) == pytest.approx(
+    assert sliced_distance([first], [second], 400, torch.Generator().manual_seed(3)) == pytest.approx(
         np.mean(expected), rel=1e-6
     )
 

@@ -115,9 +115,9 @@ def test_distance_of_shifted_sets_has_a_closed_form():
     generator = torch.Generator().manual_seed(9)
     directions = torch.cat([torch.randn(147, 128, generator=generator, dtype=torch.float64) for _ in range(4)], dim=1)
     expected = ((directions / directions.norm(dim=0)).T @ shift.double()).abs().mean().item()
-    found = swd.sliced_distance(patches, patches + shift, torch.Generator().manual_seed(9))
+    found = swd.sliced_distance([patches], [patches + shift], 500, torch.Generator().manual_seed(9))
     assert found == pytest.approx(expected, rel=1e-5)
-    assert swd.sliced_distance(patches, patches, torch.Generator().manual_seed(9)) == 0
+    assert swd.sliced_distance([patches], [patches], 500, torch.Generator().manual_seed(9)) == 0
 
 
 def test_brightness_and_contrast_of_a_set_do_not_count():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,16 +95,21 @@ class Vgg(nn.Module):
     def forward(self, image: Tensor, layers: Iterable[str]) -> dict[str, Tensor]:
         """See the class. Raises KeyError for a layer that the network does not have."""
         wanted, found = set(layers), {}
+        for name, x in self.maps(image):
+            if name in wanted:
+                found[name] = x
+            if len(found) == len(wanted):
+                return found
+        raise KeyError(f"no layer is called {', '.join(sorted(wanted - set(found)))}")
+
+    def maps(self, image: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Every layer's name and map in their order, each computed when it is asked for; image as for `forward`."""
         x = self._enter(image)
-        with torch.autocast(image.device.type, enabled=False):
-            for name, layer in self.convs.items():
+        for name, layer in self.convs.items():
+            with torch.autocast(image.device.type, enabled=False):
                 x = F.max_pool2d(x, 2) if name.endswith("_1") and name != "conv1_1" else x
                 x = F.relu(layer(x))
-                if (relu := name.replace("conv", "relu")) in wanted:
-                    found[relu] = x
-                if len(found) == len(wanted):
-                    return found
-        raise KeyError(f"no layer is called {', '.join(sorted(wanted - set(found)))}")
+            yield name.replace("conv", "relu"), x
 
     def _enter(self, image: Tensor) -> Tensor:
         weight = self.convs["conv1_1"].weight

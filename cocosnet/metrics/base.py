@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -94,6 +95,10 @@ class Metric(ABC):
             ConfigError: the metric has no such thing and runs in one process only.
         """
         raise ConfigError(f"the metric {self.name} runs in one process only; start it without torchrun")
+
+    def states(self) -> Iterator[Any]:
+        """The same in pieces, each for `absorb`, where it is much: no process has to hold it all at once."""
+        yield self.state()
 
     def absorb(self, state: Any) -> None:
         """Add what another process's `state` holds, as if its pairs had come here. The count is the caller's to add."""

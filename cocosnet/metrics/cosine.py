@@ -25,7 +25,7 @@ from torch import Tensor
 from cocosnet.errors import ConfigError, DataError
 from cocosnet.losses.perceptual import SHAPES
 from cocosnet.metrics.base import Metric
-from cocosnet.metrics.features import resized, vgg_features
+from cocosnet.metrics.features import vgg_features
 from cocosnet.metrics.pixels import mean
 
 NETWORK = "vgg16-caffe"  # the default; `semantic:vgg19` asks for the other
@@ -138,7 +138,7 @@ class SemanticRegion(VggCosine):
 
     def _compare(self, first: Tensor, second: Tensor, masks: list[Masks], others: list[Masks]) -> list[Tensor]:
         """One number a pair and layer of pictures, each with its own masks of the same labels."""
-        left, right = self._features(resized(first, SIDE)), self._features(resized(second, SIDE))
+        left, right = self._features.at(first, SIDE), self._features.at(second, SIDE)
         return [
             torch.stack([_region_cosine(*pair) for pair in zip(left[name], right[name], masks, others)])
             for name in self.layers

@@ -19,7 +19,6 @@ from torch import Tensor
 from cocosnet.data.images import find_images, load_labels, load_rgb, shown
 from cocosnet.data.records import PATH_FIELDS, Record
 from cocosnet.errors import ConfigError, DataError
-from cocosnet.metrics.base import Metric
 from cocosnet.metrics.registry import get_metric
 from cocosnet.metrics.shards import ALONE, Shards
 from cocosnet.weights import fingerprint
@@ -92,7 +91,7 @@ class Evaluation:
             self._take_side(side, path)
         if shards.size > 1:
             for metric in self.metrics.values():
-                metric.state()
+                next(iter(metric.states()), None)  # refused by those that run in one process only
 
     def run(self, records: Iterable[Record]) -> dict[str, Any] | None:
         """Measure all records.
@@ -106,11 +105,9 @@ class Evaluation:
         start = time.perf_counter()
         for batch in self._batches(self._shards.share(records)):
             self._measure(batch)
-        parts = self._shards.gather((self._gathered, {name: (m.state(), m.count) for name, m in self._shared()}))
-        if parts is None:
+        self._sum_up()
+        if self._shards.rank > 0:
             return None
-        for gathered, states in parts[1:]:
-            self._absorb(gathered, states)
         self.rows = [record for _, record in sorted(self._gathered.rows, key=lambda row: row[0])]
         return self._result(start)
 
@@ -122,15 +119,15 @@ class Evaluation:
                 )
             metric.use_statistics(side, path)
 
-    def _shared(self) -> list[tuple[str, Metric]]:
-        """Metrics whose states travel: all, where there is more than one process."""
-        return list(self.metrics.items()) if self._shards.size > 1 else []
-
-    def _absorb(self, other: _Gathered, states: dict[str, tuple[Any, int]]) -> None:
-        self._gathered.absorb(other)
-        for name, (state, count) in states.items():
-            self.metrics[name].absorb(state)
-            self.metrics[name].count += count
+    def _sum_up(self) -> None:
+        """Bring what all processes have gathered to the first one."""
+        for other in (self._shards.gather(self._gathered) or [])[1:]:
+            self._gathered.absorb(other)
+        for metric in self.metrics.values():
+            for count in (self._shards.gather(metric.count) or [])[1:]:
+                metric.count += count
+            for state in self._shards.stream(metric.states()):
+                metric.absorb(state)
 
     def _batches(self, records: Iterable[tuple[int, Record]]) -> Iterator[list[_Pair]]:
         """Readable pairs, neighbours of the same sizes together, as many as BATCH_PIXELS allows."""

