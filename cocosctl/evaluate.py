@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,8 +19,13 @@ from cocosnet.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from cocosnet.metrics import Evaluation
+    from cocosnet.metrics.fid import Frechet
 
 STATISTICS = ".npz"
+OPTIONS = {
+    "target": "--targets", "exemplar": "--exemplars", "warp": "--warps",
+    "labels": "--labels", "exemplar_labels": "--exemplar-labels",
+}  # role -> the option that names its folder  # fmt: skip
 
 
 def evaluate(
@@ -74,12 +79,26 @@ def evaluate(
     records = _records(manifest, {role: path for role, path in sources.items() if role not in sides}, limit)
     out = Output(as_json, quiet, verbose)
     names = [name.strip() for name in metrics.split(",") if name.strip()]
-    evaluation, result = _measure(records, names, device, seed or 0, sides, out)
-    if result is not None:
+
+    def check(evaluation: Evaluation) -> None:
+        if manifest is None:
+            _refuse_missing(evaluation, sources)
         if save_stats is not None:
-            _save_statistics(save_stats, evaluation)
+            _saved(evaluation)
+
+    evaluation, result = _measure(records, names, device, seed or 0, sides, check, out)
+    if result is None:
+        return
+    try:
+        if save_stats is not None:
+            from cocosnet.metrics.fid import save_statistics
+
+            save_statistics(save_stats, _saved(evaluation).sides["output"])
         _write_pairs(evaluation, result, scores, report, out)
+    finally:  # numbers that may have taken hours are told whatever becomes of the files
         _tell(result, out)
+    if result["failed"]:
+        raise typer.Exit(ExitCode.FAILED_ITEMS)
 
 
 def _sides(sources: dict[str, Path], manifest: str | None, save_stats: Path | None) -> dict[str, Path | None]:
@@ -108,9 +127,15 @@ def _records(manifest: str | None, sources: dict[str, Path], limit: int | None) 
 
 
 def _measure(
-    records: Iterable[Record], names: list[str], device: str, seed: int, sides: dict[str, Path | None], out: Output
+    records: Iterable[Record],
+    names: list[str],
+    device: str,
+    seed: int,
+    sides: dict[str, Path | None],
+    check: Callable[[Evaluation], None],
+    out: Output,
 ) -> tuple[Evaluation, dict[str, Any] | None]:
-    """Run the metrics; the result is None in all processes but the first."""
+    """Run the metrics once `check` has passed them; the result is None in all processes but the first."""
     from cocosnet.checkpoint import resolve_device
     from cocosnet.metrics import Evaluation
     from cocosnet.metrics.shards import Shards
@@ -118,6 +143,7 @@ def _measure(
     shards = Shards.join()
     try:
         evaluation = Evaluation(names, _own_device(str(resolve_device(device))), seed=seed, sides=sides, shards=shards)
+        check(evaluation)
         with out.progress("pairs", len(records) if isinstance(records, list) else None) as advance:
             result = evaluation.run(_counted(records, advance))
     except BaseException:
@@ -128,6 +154,15 @@ def _measure(
     if result is not None and not statistics_only and not result["count"] and not result["failed"]:
         raise DataError("there is nothing to measure: no record came in; check the command before this one in the pipe")
     return evaluation, result
+
+
+def _refuse_missing(evaluation: Evaluation, sources: dict[str, Path]) -> None:
+    """Where pictures come from folders or lists, what a metric needs and nobody names is missing for all of them."""
+    for name, metric in evaluation.metrics.items():
+        for role in metric.needs:
+            if role not in sources:
+                option = OPTIONS.get(role, "--manifest")
+                raise typer.BadParameter(f"{name} needs it: the {role} of every output", param_hint=option)
 
 
 def _own_device(device: str) -> str:
@@ -141,13 +176,12 @@ def _counted(records: Iterable[Record], advance: Any) -> Iterator[Record]:
         advance()
 
 
-def _save_statistics(path: Path, evaluation: Evaluation) -> None:
-    from cocosnet.metrics.fid import save_statistics
-
+def _saved(evaluation: Evaluation) -> Frechet:
+    """The one metric whose statistics --save-stats writes."""
     able = [metric for metric in evaluation.metrics.values() if metric.from_statistics]
     if len(able) != 1:
         raise ConfigError("--save-stats writes the statistics of one metric; name fid or fd_vgg16 in --metrics")
-    save_statistics(path, able[0].sides["output"])
+    return able[0]
 
 
 def _write_pairs(
@@ -169,7 +203,7 @@ def _write_pairs(
 
 
 def _tell(result: dict[str, Any], out: Output) -> None:
-    """The values to stdout, what a reader should know to stderr; exit 4 where a record could not be measured."""
+    """The values to stdout, what a reader should know to stderr."""
     values = {name: entry["value"] for name, entry in result["metrics"].items()}
     out.result(result if out.as_json else values)
     if out.as_json:
@@ -181,9 +215,7 @@ def _tell(result: dict[str, Any], out: Output) -> None:
         out.note(f"warning: {message}")
     for message in result["errors"]:
         out.error(message)
-    out.note(f"{result['count']} pairs measured, {result['failed']} failed")
-    if result["failed"]:
-        raise typer.Exit(ExitCode.FAILED_ITEMS)
+    out.note(f"{result['count']} pair{'s' * (result['count'] != 1)} measured, {result['failed']} failed")
 
 
 def _table(result: dict[str, Any], out: Output) -> None:

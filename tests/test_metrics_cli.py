@@ -11,48 +11,60 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from cli_tools import clean_environment, lines
-from metric_tools import accept, smooth_picture, write_random_vgg
+from metric_tools import (
+    START,
+    accept,
+    smooth_picture,
+    write_random_inception,
+    write_random_trunk,
+    write_random_vgg,
+)
 from PIL import Image
 
 from cocosctl.app import run as run_here
 from cocosnet import weights
 from cocosnet.data.records import Record
+from cocosnet.metrics import metric_names
 from cocosnet.viz import scores
 from cocosnet.viz.scores import picture_side, write_scores_page
-
-# The registry's hashes are those of the real files; a process of its own takes random ones after this.
-START = """
-import dataclasses, hashlib, os, sys
-from pathlib import Path
-from cocosnet import weights
-for name, entry in list(weights.REGISTRY.items()):
-    path = Path(os.environ["COCOSCTL_WEIGHTS_DIR"], entry.filename)
-    if path.is_file():
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        weights.REGISTRY[name] = dataclasses.replace(entry, sha256=digest)
-from cocosctl.app import main
-sys.exit(main())
-"""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Folders out, true and warp with seven pairs, one of another size, and a weights folder with a random VGG-16."""
+    """Folders out, true, warp and labels of seven pairs, one of another size, their records, and random weights."""
     folder = tmp_path_factory.mktemp("eval")
     write_random_vgg(folder / "weights")
+    write_random_inception(folder / "weights")
+    write_random_trunk(folder / "weights", "alexnet")
     for index in range(7):
         size = (64, 48) if index == 3 else (48, 48)
         for seed, side in enumerate(("out", "true", "warp")):
             (folder / side).mkdir(exist_ok=True)
             smooth_picture(10 * seed + index, size).save(folder / side / f"p{index}.png")
+        (folder / "labels").mkdir(exist_ok=True)
+        Image.fromarray(np.arange(size[0] * size[1], dtype=np.uint32).reshape(size[::-1]) // (400 + index) % 5).convert(
+            "L"
+        ).save(folder / "labels" / f"p{index}.png")
+    (folder / "records.jsonl").write_text("".join(json.dumps(a_record(index)) + "\n" for index in range(7)))
     (folder / "start.py").write_text(START)
     return folder
+
+
+def a_record(index):
+    """Two outputs each have one condition; the exemplar is the next target. The fourth pair is of another size."""
+    condition = "three" if index == 3 else "even" if index % 2 == 0 else "odd"
+    fields = {"output": "out", "target": "true", "warp": "warp", "labels": "labels"}
+    known = {role: f"{side}/p{index}.png" for role, side in fields.items()}
+    other = (index + 1) % 7
+    exemplar = {"exemplar": f"true/p{other}.png", "exemplar_labels": f"labels/p{other}.png"}
+    return {"id": f"p{index}", "condition": condition, **known, **exemplar}
 
 
 @pytest.fixture
 def evaluate(folder, monkeypatch, capsys):
     """Run `cocosctl eval ARGUMENTS` in `folder`, in this process, as the command line does."""
-    accept(monkeypatch, "vgg16-caffe", folder / "weights" / weights.REGISTRY["vgg16-caffe"].filename)
+    for name in ("vgg16-caffe", "fid-inception", "alexnet"):
+        accept(monkeypatch, name, folder / "weights" / weights.REGISTRY[name].filename)
     monkeypatch.chdir(folder)
 
     def call(*arguments):
@@ -77,21 +89,21 @@ def values(done):
     return {name: entry["value"] for name, entry in json.loads(done.stdout)["metrics"].items()}
 
 
-NAMES = "psnr,ssim,swd,semantic,fd_vgg16"
-
-
 def test_two_processes_give_what_one_gives(folder, evaluate):
-    single = evaluate("--outputs", "out", "--targets", "true", "--metrics", NAMES, "--scores", "1.jsonl", "--json")
-    pair = launched(
-        folder, "--outputs", "out", "--targets", "true", "--metrics", NAMES, "--scores", "2.jsonl", "--json"
-    )
-    assert values(pair) == {name: pytest.approx(value, rel=1e-6) for name, value in values(single).items()}
+    """Every metric there is."""
+    options = ("-m", "records.jsonl", "--metrics", ",".join(metric_names()), "--json", "--scores")
+    single, pair = evaluate(*options, "1.jsonl"), launched(folder, *options, "2.jsonl")
+    expected = values(single)
+    assert values(pair) == {name: pytest.approx(value, rel=1e-6) for name, value in expected.items()}
+    assert None not in expected.values() and len(expected) == 18
     first, second = ((folder / name).read_text() for name in ("1.jsonl", "2.jsonl"))
     assert [row["id"] for row in lines(second)] == [f"p{index}" for index in range(7)]
     for ours, theirs in zip(lines(first), lines(second)):
         assert ours["scores"] == {name: pytest.approx(value, rel=1e-5) for name, value in theirs["scores"].items()}
     result = json.loads(pair.stdout)
     assert result["processes"] == 2 and result["count"] == 7
+    assert all(entry["seconds"] >= 0 and entry["count"] == 7 for entry in result["metrics"].values())
+    assert set(result["weights"]) == {"vgg16-caffe", "fid-inception", "alexnet"}
     assert len(pair.stdout.splitlines()) == 1 and re.search(r"semantic +0\.\d+", pair.stderr)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from cocosnet.data.images import find_images, load_labels, load_rgb, shown
@@ -270,8 +271,9 @@ class _Gathered:
 
 
 def _format(path: str) -> str:
-    suffix = Path(path).suffix.lower().lstrip(".")
-    return {"jpg": "JPEG", "jpeg": "JPEG", "tif": "TIFF", "tiff": "TIFF"}.get(suffix, suffix.upper())
+    """Format of a picture that could be read, whatever its name says."""
+    with Image.open(path) as image:
+        return image.format or Path(path).suffix
 
 
 def load_role(record: Record, role: str) -> Tensor:
