@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from metric_tools import accept, picture_tensor, randomise, smooth_picture, write_random_vgg
+from metric_tools import accept, picture_tensor, randomise, smooth_picture, write_random_trunk, write_random_vgg
 from PIL import Image
 from torchvision.models import alexnet
+from torchvision.models.vgg import cfgs, make_layers
 
 from cocosnet import weights
 from cocosnet.data.records import Record
 from cocosnet.errors import ConfigError, MissingWeights
-from cocosnet.losses.perceptual import load_perceptual
+from cocosnet.losses.perceptual import Vgg, load_perceptual
 from cocosnet.metrics import Evaluation, evaluate, get_metric
 from cocosnet.metrics.fid import GaussianFit, frechet_distance, squared_mmd
 
@@ -146,6 +147,41 @@ def test_equal_sets_read_one_or_zero_and_order_does_not_matter(vgg, tmp_path):
     assert straight["weights"]["vgg16-caffe"] == weights.fingerprint("vgg16-caffe")
 
 
+def test_pictures_of_another_size_than_the_regions_pass_the_network_once_for_each(vgg, monkeypatch):
+    """At their own size and at 256x256: two passes a picture, however many metrics look at it and in what order."""
+    names = ["style_color_region", "semantic", "style_texture_region", "semantic_region", "style_color", "fd_vgg16"]
+    metrics, passes = [get_metric(name) for name in names], []
+    counted = Vgg.maps
+    monkeypatch.setattr(Vgg, "maps", lambda self, image: passes.append(image.shape[-1]) or counted(self, image))
+    roles = {role: picture_tensor(seed, (96, 80)) for seed, role in enumerate(("output", "target", "exemplar"))}
+    roles |= {role: torch.ones(1, 1, 80, 96, dtype=torch.int32) for role in ("labels", "exemplar_labels")}
+    for metric in metrics:
+        metric.update(*(roles[role] for role in metric.needs))
+    assert sorted(passes) == [96] * 3 + [256] * 3
+
+
+def test_semantic_looks_through_vgg19_as_torchvision_has_it(monkeypatch, tmp_path):
+    """Random weights under torchvision's file name; the cosines are computed from torchvision's own layers."""
+    path = write_random_trunk(tmp_path, "vgg19")
+    accept(monkeypatch, "vgg19", path)
+    network = make_layers(cfgs["E"]).eval()
+    network.load_state_dict({key.removeprefix("features."): value for key, value in torch.load(path).items()})
+    mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    expected, maps = [], [(picture_tensor(index) / 255 - mean) / deviation for index in (1, 2)]
+    with torch.inference_mode():
+        for index, layer in enumerate(network):
+            maps = [layer(map_) for map_ in maps]
+            if index in (13, 22, 31):  # relu3_2, relu4_2, relu5_2
+                expected.append(F.cosine_similarity(*maps, dim=1).mean().item())
+    for index in (1, 2):
+        smooth_picture(index).save(tmp_path / f"{index}.png")
+    record = Record(id="a", output=str(tmp_path / "1.png"), target=str(tmp_path / "2.png"))
+    result = evaluate([record], ["semantic:vgg19"])
+    entry = result["metrics"]["semantic:vgg19"]
+    assert list(entry["layers"].values()) == pytest.approx(expected, rel=1e-4) and max(expected) < 0.999
+    assert "vgg19" in entry["protocol"] and result["weights"]["vgg19"]["file"] == path.name
+
+
 def test_the_network_is_chosen_by_name(vgg):
     with pytest.raises(MissingWeights, match="vgg19"):
         get_metric("semantic:vgg19")
@@ -245,6 +281,39 @@ def test_lpips_and_diversity_equal_the_package(alexnet_home, monkeypatch, tmp_pa
     assert found["value"] == pytest.approx(np.mean([distance(0, 1), distance(0, 2), distance(1, 2)]), rel=1e-5)
     assert found["conditions"] == 1
     assert evaluate(records[3:], ["diversity"])["metrics"]["diversity"]["value"] is None
+
+
+def test_lpips_of_vgg_is_the_published_formula(monkeypatch, tmp_path):
+    """The trunk is torchvision's with random weights, the package gives its own calibrated layers and scaling."""
+    import lpips
+
+    path = write_random_trunk(tmp_path, "vgg16")
+    accept(monkeypatch, "vgg16", path)
+    trunk = make_layers(cfgs["D"]).eval()
+    trunk.load_state_dict({key.removeprefix("features."): value for key, value in torch.load(path).items()})
+    package = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
+    shift, scale = (torch.tensor(v).view(1, 3, 1, 1) for v in ((-0.03, -0.088, -0.188), (0.458, 0.448, 0.45)))
+    maps = [(picture_tensor(index).float() / 127.5 - 1 - shift) / scale for index in (1, 2)]
+    expected, weights_left = 0.0, list(package.lins)
+    with torch.inference_mode():
+        for index, layer in enumerate(trunk):
+            maps = [layer(map_) for map_ in maps]
+            if index in (3, 8, 15, 22, 29):  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
+                first, second = (map_ / (map_.square().sum(dim=1, keepdim=True).sqrt() + 1e-10) for map_ in maps)
+                expected += weights_left.pop(0)((first - second).square()).mean().item()
+    metric = get_metric("lpips:vgg")
+    assert metric.update(picture_tensor(1), picture_tensor(2)) == [pytest.approx(expected, rel=1e-4)]
+    assert "trunk vgg" in metric.compute()["protocol"] and metric.weights == ("vgg16",) and expected > 1e-3
+
+
+def test_outputs_of_one_condition_that_differ_in_size_are_left_out_of_diversity(alexnet_home, monkeypatch, tmp_path):
+    accept(monkeypatch, "alexnet", alexnet_home[1])
+    records = []
+    for index, size in enumerate(((64, 64), (64, 64), (48, 64))):
+        smooth_picture(index, size).save(tmp_path / f"{index}.png")
+        records.append(Record(id=str(index), condition="c", output=str(tmp_path / f"{index}.png")))
+    both, all_three = (evaluate(some, ["diversity"])["metrics"]["diversity"] for some in (records[:2], records))
+    assert all_three["value"] == both["value"] and "2 pairs of outputs differ in size" in all_three["note"]
 
 
 def test_scores_of_each_pair_are_kept(vgg, tmp_path):

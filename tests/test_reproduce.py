@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+from metric_tools import accept, write_random_inception, write_random_vgg
+from PIL import Image
 from train_tools import prepared_folder
 
 from cocosctl.app import run
@@ -56,6 +59,47 @@ def test_a_table_is_trained_translated_and_measured_and_not_made_twice(data, tmp
     again = json.loads(capsys.readouterr().out)
     assert [row["result"]["metrics"]["psnr"]["value"] for row in again["rows"]] == values
     assert learned(tmp_path / "deepfashion/full/stats.jsonl") == before
+
+
+@pytest.fixture
+def random_weights(tmp_path_factory, monkeypatch):
+    """Inception and VGG-16 of random weights in the right files."""
+    folder = tmp_path_factory.mktemp("weights")
+    accept(monkeypatch, "fid-inception", write_random_inception(folder))
+    accept(monkeypatch, "vgg16-caffe", write_random_vgg(folder))
+
+
+@pytest.fixture(scope="module")
+def label_data(tmp_path_factory):
+    """As `data`, with label maps: 1 is the ground, 2 the outline."""
+    folder = tmp_path_factory.mktemp("labels")
+    for path in (prepared_folder(folder / "ade20k") / "conditions").glob("*.png"):
+        Image.fromarray((np.asarray(Image.open(path)) > 128).astype(np.uint8) + 1).save(path)
+    return folder
+
+
+def test_tables_1_to_3_measure_the_same_models_by_their_own_metrics(label_data, random_weights, tmp_path, capsys):
+    """Label maps, so that the metrics by region are measured as well; the models are trained for the first one only."""
+    changes = ("--datasets", "ade20k", "--set", "data.task=mask", "--set", "data.classes=3")
+    expected = {
+        "table1": {"fid", "swd"},
+        "table2": {"semantic", "semantic_region"},
+        "table3": {"style_color", "style_texture", "style_color_region", "style_texture_region"},
+    }
+    trained = None
+    for table, names in expected.items():
+        assert reproduce(table, label_data, tmp_path, *changes) == 0
+        assert f"# {table}: " in capsys.readouterr().out
+        rows = json.loads((tmp_path / f"{table}.json").read_text())["rows"]
+        assert [row["row"] for row in rows] == ["spade", "cocosnet", "full"]
+        for name in names:
+            values = [row["result"]["metrics"][name]["value"] for row in rows]
+            assert len(set(values)) == 3 and None not in values, name
+        assert all(set(row["result"]["metrics"]) == names and row["result"]["count"] == 2 for row in rows)
+        runs = {row["row"]: learned(tmp_path / "ade20k" / row["row"] / "stats.jsonl") for row in rows}
+        assert trained in (None, runs)
+        trained = runs
+    assert "| ade20k | CoCosNet v2 |" in (tmp_path / "table3.md").read_text()
 
 
 @pytest.mark.parametrize("table", ["table4", "table5"])
