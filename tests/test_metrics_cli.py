@@ -76,11 +76,13 @@ def evaluate(folder, monkeypatch, capsys):
     return call
 
 
-def launched(folder, *arguments):
+def launched(folder, *arguments, **environment):
     """`cocosctl eval ARGUMENTS` on two processes of their own under torchrun."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launcher, str(folder / "start.py"), "eval", *map(str, arguments)]
-    environment = clean_environment(COCOSCTL_WEIGHTS_DIR=str(folder / "weights"), PYTHONWARNINGS="ignore")
+    environment = clean_environment(
+        COCOSCTL_WEIGHTS_DIR=str(folder / "weights"), PYTHONWARNINGS="ignore", **environment
+    )
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=folder)
 
 
@@ -105,6 +107,35 @@ def test_two_processes_give_what_one_gives(folder, evaluate):
     assert all(entry["seconds"] >= 0 and entry["count"] == 7 for entry in result["metrics"].values())
     assert set(result["weights"]) == {"vgg16-caffe", "fid-inception", "alexnet"}
     assert len(pair.stdout.splitlines()) == 1 and re.search(r"semantic +0\.\d+", pair.stderr)
+
+
+FAILS = """
+import os
+from cocosnet.errors import DataError
+from cocosnet.metrics import Metric
+
+class Fails(Metric):
+    name, protocol = "fails", "fails in the second process"
+    def _add(self, *pictures):
+        if os.environ["RANK"] == "1":
+            raise DataError("the second cannot go on")
+    def _result(self):
+        return {"value": 0.0}
+    def state(self):
+        return None
+"""
+
+
+def test_a_process_that_fails_ends_the_others_too(folder, tmp_path):
+    """By a third party's metric, which torchrun's processes find as any installed one."""
+    (tmp_path / "failing.py").write_text(FAILS)
+    (tmp_path / "failing-1.0.dist-info").mkdir()
+    (tmp_path / "failing-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: failing\nVersion: 1.0\n")
+    (tmp_path / "failing-1.0.dist-info/entry_points.txt").write_text("[cocosctl.metrics]\nfails = failing:Fails\n")
+    done = launched(folder, "-m", "records.jsonl", "--metrics", "fails", PYTHONPATH=str(tmp_path))
+    ours = [line for line in done.stderr.splitlines() if line.startswith("cocosctl:")]
+    assert done.returncode == 1 and done.stdout == "" and "cocosctl: error: the second cannot go on" in ours
+    assert "Error" not in done.stderr.partition("cocosctl:")[0] and len(ours) <= 2
 
 
 def test_lists_pair_line_by_line_and_say_where_they_end(folder, evaluate):

@@ -17,6 +17,7 @@ from cli_tools import clean_environment
 from metric_tools import START, accept, smooth_picture, write_random_inception
 from PIL import Image
 
+from cocosctl.app import run
 from cocosnet import weights
 from cocosnet.errors import CheckpointError, MissingWeights
 from cocosnet.metrics import get_metric
@@ -187,7 +188,7 @@ def command(script, home, *arguments):
 
 
 @pytest.mark.timeout(900)  # several processes that load PyTorch; their square root alone takes 15 seconds of a core
-def test_equals_the_command_of_pytorch_fid_in_less_time(random_inception, tmp_path):
+def test_equals_the_command_of_pytorch_fid_in_less_time(inception_home, tmp_path, capsys):
     """The same folders and weights; and statistics written by either command are read by the other."""
     from pytorch_fid import fid_score
 
@@ -197,8 +198,8 @@ def test_equals_the_command_of_pytorch_fid_in_less_time(random_inception, tmp_pa
         smooth_picture(index).save(tmp_path / f"a/{index}.png")
         smooth_picture(index + 20, (80, 56)).point(lambda value: value // 4).save(tmp_path / f"b/{index}.png")
     a, b, ours_b, theirs_b = (tmp_path / name for name in ("a", "b", "ours-b.npz", "theirs-b.npz"))
-    theirs = (random_inception, "--device", "cpu", "--num-workers", "0", "--batch-size", "4")
-    ours = (random_inception, "eval", "--metrics", "fid", "--device", "cpu", "--json")
+    theirs = (inception_home, "--device", "cpu", "--num-workers", "0", "--batch-size", "4")
+    ours = (inception_home, "eval", "--metrics", "fid", "--device", "cpu", "--json")
 
     said, their_seconds = command(THEIRS, *theirs, a, b)
     expected = float(said.split()[-1])
@@ -208,11 +209,14 @@ def test_equals_the_command_of_pytorch_fid_in_less_time(random_inception, tmp_pa
     assert result["count"] == 12 and "only 12 pictures" in result["note"]
     assert our_seconds < their_seconds
 
-    command(START, *ours, "--outputs", b, "--save-stats", ours_b)
+    def here(*arguments):
+        assert run(["eval", *map(str, ours[2:]), *map(str, arguments)]) == 0
+        return json.loads(capsys.readouterr().out)["metrics"]["fid"]["value"]
+
+    here("--outputs", b, "--save-stats", ours_b)
     command(THEIRS, *theirs, "--save-stats", b, theirs_b)
     for statistics in (ours_b, theirs_b):
-        said, _ = command(START, *ours, "--outputs", a, "--targets", statistics)
-        assert json.loads(said)["metrics"]["fid"]["value"] == pytest.approx(expected, rel=1e-6)
+        assert here("--outputs", a, "--targets", statistics) == pytest.approx(expected, rel=1e-6)
     read = [fid_score.compute_statistics_of_path(str(path), None, 1, FEATURES, "cpu") for path in (ours_b, theirs_b)]
     for mine, other in zip(*read):
         np.testing.assert_allclose(mine, other, atol=1e-6 * np.abs(other).max())

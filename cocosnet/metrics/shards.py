@@ -6,6 +6,7 @@ communicates. What is exchanged lies in the CPU's memory, so that gloo serves ev
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from cocosnet.errors import CocosError
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,16 @@ class Shards:
         return islice(enumerate(items), self.rank, None, self.size)
 
     def gather(self, item: Any) -> list[Any] | None:
-        """Everyone's items in the order of the ranks, for rank 0; None for the others. All ranks must come here."""
+        """Everyone's items in the order of the ranks, for rank 0; None for the others. All ranks must come here.
+
+        Raises:
+            CocosError: another process has failed.
+        """
         if self.size == 1:
             return [item]
         items = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(item, items)
+        with _all_alive():
+            dist.gather_object(item, items)
         return items
 
     def stream(self, pieces: Iterable[Any]) -> Iterator[Any]:
@@ -52,7 +60,8 @@ class Shards:
         while self.size > 1:
             piece = next(own, None)
             more = torch.tensor(piece is not None, dtype=torch.int32)
-            dist.all_reduce(more, dist.ReduceOp.MAX)
+            with _all_alive():
+                dist.all_reduce(more, dist.ReduceOp.MAX)
             if not more:
                 return
             yield from (found for found in self.gather(piece) or [] if found is not None)
@@ -65,8 +74,18 @@ class Shards:
     def leave(self) -> None:
         """End the communication, after every rank has come here."""
         if self.size > 1 and dist.is_initialized():
-            dist.barrier()
+            with _all_alive():
+                dist.barrier()
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _all_alive() -> Iterator[None]:
+    """Say shortly that a process is gone: it has told itself why."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise CocosError("another process of this evaluation has ended; see what it said") from error
 
 
 ALONE = Shards()  # one process
