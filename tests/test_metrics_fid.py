@@ -181,13 +181,13 @@ def command(script, home, *arguments):
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
-        capture_output=True, text=True, timeout=280, env=environment,
+        capture_output=True, text=True, timeout=600, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout, resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
 
 
-@pytest.mark.timeout(900)  # several processes that load PyTorch; their square root alone takes 15 seconds of a core
+@pytest.mark.timeout(1800)  # several processes that load PyTorch; their square root alone takes 15 seconds of a core
 def test_equals_the_command_of_pytorch_fid_in_less_time(inception_home, tmp_path, capsys):
     """The same folders and weights; and statistics written by either command are read by the other."""
     from pytorch_fid import fid_score
