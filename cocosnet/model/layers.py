@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -128,3 +130,22 @@ def pad_to_multiple(x_BCHW: Tensor, multiple: int) -> Tensor:
     """Repeat the bottom and right border until both sides are multiples of `multiple`."""
     bottom, right = (-x_BCHW.shape[-2]) % multiple, (-x_BCHW.shape[-1]) % multiple
     return F.pad(x_BCHW, (0, right, 0, bottom), mode="replicate") if bottom or right else x_BCHW
+
+
+def in_bands(
+    function: Callable[..., tuple[Tensor, ...]], maps: Sequence[Tensor], rows: int, halo: int
+) -> tuple[Tensor, ...]:
+    """`function(*maps)` band by band of `rows` rows, for less memory and for what stays in a processor's cache.
+
+    maps: tensors ..,h,w of one size; function: maps to a tuple of maps of that size, a row of which depends on the `halo`
+    rows above and below at most. The same result, whole where the maps have no more than `rows` rows.
+    """
+    height = maps[0].shape[-2]
+    if height <= rows:
+        return function(*maps)
+    parts = []
+    for top in range(0, height, rows):
+        first, bottom = max(top - halo, 0), min(top + rows, height)
+        results = function(*(x[..., first : min(bottom + halo, height), :] for x in maps))
+        parts.append([result[..., top - first : bottom - first, :] for result in results])
+    return tuple(torch.cat(bands, dim=-2) for bands in zip(*parts))

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from cocosnet.config import Config, DiscriminatorConfig, EncoderConfig, TranslatorConfig
 from cocosnet.model.cocosnet import Output, check_inputs, crop_output
-from cocosnet.model.layers import LEAK, pad_to_multiple
-from cocosnet.model.release_matching import InstanceNorm, ReleaseHierarchy
+from cocosnet.model.layers import LEAK, in_bands, pad_to_multiple
+from cocosnet.model.release_matching import BAND, InstanceNorm, ReleaseHierarchy, side_by_side, unit
+
+HALO = 4  # rows that a SPADE block's row depends on above and below: four 3x3 convolutions one after the other
 
 
 class ReleaseCoCosNet(nn.Module):
@@ -63,14 +65,14 @@ class ReleaseCoCosNet(nn.Module):
 
     def encode_condition(self, condition: Tensor) -> list[Tensor]:
         """L maps of unit vectors, coarse to fine."""
-        return [F.normalize(f, dim=1) for f in self.condition_encoder(pad_to_multiple(condition, self.multiple))]
+        return [unit(f) for f in self.condition_encoder(pad_to_multiple(condition, self.multiple))]
 
     def encode_image(self, image: Tensor, condition: Tensor | None = None) -> list[Tensor]:
         """L maps of unit vectors, coarse to fine. `condition` belongs to the image. Raises ValueError without it."""
         if condition is None:
             raise ValueError("the release's image encoder also sees the exemplar's condition: pass exemplar_condition")
         both = [pad_to_multiple(x, self.multiple) for x in (image, condition)]
-        return [F.normalize(f, dim=1) for f in self.image_encoder(torch.cat(both, dim=1))]
+        return [unit(f) for f in self.image_encoder(torch.cat(both, dim=1))]
 
     def translate(self, warps: list[Tensor], condition: Tensor) -> Tensor:
         """The generator on all warps, enlarged by the nearest pixel, and the padded condition. B,3,H,W in [-1, 1]."""
@@ -181,10 +183,13 @@ class ReleaseSpadeBlock(nn.Module):
 
     def forward(self, x: Tensor, guide: Tensor) -> Tensor:
         """x B,inputs,h,w; guide B,G,H,W of any size. Returns B,outputs,h,w."""
-        guide = F.interpolate(guide, size=x.shape[-2:])
+        return in_bands(self._rows, (x, F.interpolate(guide, size=x.shape[-2:])), BAND, HALO)[0]
+
+    def _rows(self, x: Tensor, guide: Tensor) -> tuple[Tensor]:
+        """The block on some rows of both, of one size."""
         shortcut = self.conv_s(self.norm_s(x, guide)) if self.learned else x
         y = self.conv_0(_reflect(F.leaky_relu(self.norm_0(x, guide), LEAK)))
-        return shortcut + self.conv_1(_reflect(F.leaky_relu(self.norm_1(y, guide), LEAK)))
+        return (shortcut + self.conv_1(_reflect(F.leaky_relu(self.norm_1(y, guide), LEAK))),)
 
 
 class ReleaseSpade(nn.Module):
@@ -197,9 +202,9 @@ class ReleaseSpade(nn.Module):
 
     def forward(self, x: Tensor, guide: Tensor) -> Tensor:
         """x B,C,h,w; guide B,G,h,w. Returns B,C,h,w."""
-        hidden = _reflect(self.mlp_shared(guide))
-        variance, mean = torch.var_mean(x, dim=1, keepdim=True)
-        return (x - mean) / torch.sqrt(variance + 1e-8) * (1 + self.mlp_gamma(hidden)) + self.mlp_beta(hidden)
+        mean, variance = x.mean(dim=1, keepdim=True), x.var(dim=1, keepdim=True)
+        gamma, beta = side_by_side(_reflect(self.mlp_shared(guide)), self.mlp_gamma, self.mlp_beta)
+        return (x - mean) / (variance + 1e-8).sqrt() * (1 + gamma) + beta
 
 
 class ReleaseResidual(nn.Module):

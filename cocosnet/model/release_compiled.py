@@ -1,4 +1,4 @@
-"""The dot products of the release's matching on a CPU, compiled: the one part of it that PyTorch would do slowly."""
+"""The scores of the release's matching on a CPU, compiled: the one part of it that PyTorch would do slowly."""
 
 from __future__ import annotations
 
@@ -7,25 +7,83 @@ import numpy as np
 import torch
 from torch import Tensor
 
+BLOCK = 16  # numbers that PyTorch adds one after the other before it joins partial sums, when it sums over channels
 
-def similarity(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
-    """As `release_matching.similarity`: x B,C,h,w and y B,C,H,W float32 on the CPU, indices B,N,h,w. Returns B,N,h,w.
 
-    The result lies in memory with the candidates of a pixel side by side.
-    """
-    batch, count, height, width = indices.shape
-    out = torch.empty(batch, height * width, count)
+def score(offsets: Tensor, axis: int | None, x: Tensor, y: Tensor, rounded: bool = False) -> tuple[Tensor, Tensor]:
+    """`release_matching.score`, float32 on the CPU: the same arguments, and the same numbers to the last bit."""
+    batch, candidates, _, height, width = offsets.shape
+    count = candidates if axis is None else 3 * candidates
+    indices = torch.empty(batch, height * width, count, dtype=torch.int64)
+    scores = torch.empty(batch, height * width, count)
+    step = {None: (0, 0), -2: (1, 0), -1: (0, 1)}[axis]
     for b in range(batch):
-        rows = [f[b].flatten(1).t().contiguous().numpy() for f in (x, y)]
-        _dots(*rows, indices[b].flatten(1).t().contiguous().numpy(), out[b].numpy())
-    return out.transpose(1, 2).unflatten(2, (height, width))
+        field = offsets[b].permute(2, 3, 0, 1).contiguous().numpy()
+        rows = [f[b].permute(1, 2, 0).contiguous().numpy() for f in (x, y)]
+        _score(field, *rows, step, rounded, indices[b].numpy(), scores[b].numpy())
+    return indices, scores
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"}, boundscheck=False)
-def _dots(x: np.ndarray, y: np.ndarray, indices: np.ndarray, out: np.ndarray) -> None:
-    for p in range(indices.shape[0]):
-        for k in range(indices.shape[1]):
-            q, total = indices[p, k], np.float32(0)
-            for c in range(x.shape[1]):
-                total += x[p, c] * y[q, c]
-            out[p, k] = total
+@numba.njit(parallel=True, cache=True, boundscheck=False)
+def _score(field, x, y, step, rounded, indices, scores):
+    """field h,w,K,2; x h,w,C; y H,W,C; step (rows, columns) to the next neighbour; indices and scores hw,N."""
+    height, width, candidates, _ = field.shape
+    size = (y.shape[0], y.shape[1])
+    pixels = y.reshape(size[0] * size[1], y.shape[2])
+    for i in numba.prange(height):
+        for j in range(width):
+            p, count = i * width + j, 0
+            for sign in range(-1 if indices.shape[1] > candidates else 0, 2 if indices.shape[1] > candidates else 1):
+                ni, nj = i + sign * step[0], j + sign * step[1]
+                inside = ni >= 0 and nj >= 0 and ni < height and nj < width
+                for k in range(candidates):
+                    down = field[ni, nj, k, 0] if inside else np.float32(0)
+                    along = field[ni, nj, k, 1] if inside else np.float32(0)
+                    indices[p, count] = _number(np.float32(i) + down, np.float32(j) + along, size, rounded)
+                    count += 1
+            _dots(x[i, j], pixels, indices[p], scores[p])
+
+
+@numba.njit(inline="always")
+def _number(row, column, size, rounded):
+    """`row * W + column`, in floats and then cut, of a place moved into the map."""
+    row = min(max(row, np.float32(0)), np.float32(size[0] - 1))
+    column = min(max(column, np.float32(0)), np.float32(size[1] - 1))
+    if rounded:
+        row, column = np.rint(row), np.rint(column)
+    return np.int64(np.float32(np.float32(row * np.float32(size[1])) + column))
+
+
+@numba.njit(boundscheck=False)
+def _dots(query, pixels, indices, scores):
+    """In PyTorch's order of adding and without fused multiply-adds: the matching turns on last bits (docs/release.md).
+
+    Four candidates side by side, since one alone waits for each sum.
+    """
+    channels, count = query.shape[0], indices.shape[0]
+    for k in range(0, count - count % 4, 4):
+        a, b, c, d = pixels[indices[k]], pixels[indices[k + 1]], pixels[indices[k + 2]], pixels[indices[k + 3]]
+        s0, s1, s2, s3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+        for start in range(0, channels - channels % BLOCK, BLOCK):
+            t0, t1, t2, t3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+            for i in range(start, start + BLOCK):
+                q = query[i]
+                t0, t1, t2, t3 = t0 + q * a[i], t1 + q * b[i], t2 + q * c[i], t3 + q * d[i]
+            s0, s1, s2, s3 = s0 + t0, s1 + t1, s2 + t2, s3 + t3
+        t0, t1, t2, t3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+        for i in range(channels - channels % BLOCK, channels):
+            q = query[i]
+            t0, t1, t2, t3 = t0 + q * a[i], t1 + q * b[i], t2 + q * c[i], t3 + q * d[i]
+        scores[k], scores[k + 1], scores[k + 2], scores[k + 3] = t0 + s0, t1 + s1, t2 + s2, t3 + s3
+    for k in range(count - count % 4, count):
+        scores[k] = _dot(query, pixels[indices[k]])
+
+
+@numba.njit(boundscheck=False)
+def _dot(query, pixel):
+    channels, blocks, total = query.shape[0], np.float32(0), np.float32(0)
+    for i in range(channels):
+        total += query[i] * pixel[i]
+        if i % BLOCK == BLOCK - 1:
+            blocks, total = blocks + total, np.float32(0)
+    return total + blocks

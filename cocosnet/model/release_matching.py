@@ -17,14 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cocosnet.config import MatchingConfig
-from cocosnet.model.exact import exact_top_k, exact_warp
 from cocosnet.model.hierarchy import Level
+from cocosnet.model.layers import in_bands
 from cocosnet.model.matches import Matches
 from cocosnet.model.patchmatch import best_first, drop_duplicates
 from cocosnet.model.warp import downsample, pixel_grid
 
 WINDOW = (-2.0, 0.0, 2.0, 4.0)  # px, rows and columns around twice the coarser level's best match
 ORDERS = {"horizontal-first": (-1, -2), "vertical-first": (-2, -1)}  # axes of an iteration's two passes
+COARSE_CHUNK = 2**24  # similarities held at once at the coarse level: those of 64x64 positions all together
+BAND = 64  # rows that convolutions work on at once: less memory, and more of it in a processor's cache
+HALO = 11  # rows that a refined row depends on above and below: 3 + 1 + 1 of the encoder, 4 of the GRU, 2 of the head
 MOTION = 64  # channels of the motion encoder's and the head's hidden layers
 
 
@@ -48,14 +51,31 @@ class ReleaseHierarchy(nn.Module):
         """features: maps B,C_l,.. of unit vectors, coarse to fine; exemplar B,3,H,W; orders as for the model."""
         axes, levels = self._axes(orders), []
         for index, (x, y) in enumerate(zip(features_x, features_y)):
-            x, y = _unit(self.theta[index](x)), _unit(self.phi[index](y))
+            x, y = _centred_unit(self.theta[index](x)), _centred_unit(self.phi[index](y))
             picture = downsample(exemplar, 2 ** (len(self.theta) - 1 - index))
             if index == 0:
-                levels.append(Level(exact_top_k(x, y, 1), [exact_warp(x, y, picture, self.temperature)]))
+                levels.append(self.coarse(x, y, picture))
                 continue
             mine = axes[(index - 1) * self.iterations : index * self.iterations]
             levels.append(self.patch_match(self.first_offsets(levels[-1].matches), x, y, picture, mine))
         return [Level(best_first(level.matches), level.warps) for level in levels]
+
+    def coarse(self, x: Tensor, y: Tensor, picture: Tensor) -> Level:
+        """Every position against every other: x B,C,h,w, y B,C,H,W, picture B,3,H,W. The best match alone is kept."""
+        queries, values = x.flatten(2).transpose(1, 2), picture.flatten(2).transpose(1, 2)
+        rows = max(1, COARSE_CHUNK // (x.shape[0] * values.shape[1]))
+        parts = [self._attend(part, y.flatten(2), values) for part in queries.split(rows, dim=1)]
+        weights, best, warp = (torch.cat(part, dim=1) for part in zip(*parts))
+        size = x.shape[-2:]
+        matches = Matches(places(best, size, y.shape[-1]), _as_maps(weights, size))
+        return Level(matches, [_as_maps(warp, size)])
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """queries B,n,C, keys B,C,N, values B,N,3: cosine and number of the best key, B,n,1 each; mean value B,n,3."""
+        scores = torch.matmul(queries, keys)
+        weights = torch.softmax(scores / self.temperature, dim=-1)
+        best = weights.topk(1, dim=-1).indices
+        return scores.gather(-1, best), best, torch.matmul(weights, values)
 
     def first_offsets(self, coarse: Matches) -> Tensor:
         """What a level starts from. The release takes the coarser level's first slot, which the last refinement moved;
@@ -90,33 +110,25 @@ class ReleasePatchMatch(nn.Module):
         state = self.initial_layer(torch.cat([x, _as_large(y, x)], dim=1))
         for order in axes:
             for axis in order:
-                offsets, weights = self.keep_best(neighbours(offsets, axis), x, y, offsets.shape[1])
+                offsets, weights = self.keep_best(offsets, axis, x, y)
             state, step = self.refine_net(state, weights, offsets)
             offsets = offsets + step
-        rows, columns = self.indices(offsets, y.shape[-2:])
-        scores = similarity(x, y, rows * y.shape[-1] + columns)
-        weights = torch.softmax(scores / self.temperature, dim=1)
-        warp = (_gather(exemplar, rows * y.shape[-1] + columns) * weights.unsqueeze(1)).sum(2)
-        return Level(Matches(torch.stack([rows, columns], dim=2).float(), scores), [warp])
+        indices, scores = score(offsets, None, x, y, self.fixed)
+        weights = torch.softmax(scores / self.temperature, dim=-1)
+        warp = (_gather(exemplar, indices) * weights.unsqueeze(1)).sum(-1).unflatten(2, x.shape[-2:])
+        return Level(Matches(places(indices, x.shape[-2:], y.shape[-1]), _as_maps(scores, x.shape[-2:])), [warp])
 
-    def keep_best(self, offsets: Tensor, x: Tensor, y: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The `count` offsets (of B,N,2,h,w) whose pixels are most similar, and their softmax weights among all N."""
-        rows, columns = self.indices(offsets, y.shape[-2:])
-        scores = similarity(x, y, rows * y.shape[-1] + columns)
+    def keep_best(self, offsets: Tensor, axis: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The K offsets (B,K,2,h,w) whose pixels are most similar, of one's own and both neighbours' along `axis`, and
+        their softmax weights (B,K,h,w) among all 3K."""
+        size = offsets.shape[-2:]
+        indices, scores = score(offsets, axis, x, y, self.fixed)
         if self.fixed:
-            scores = drop_duplicates(torch.stack([rows, columns], dim=2).float(), scores)
-        weights, order = torch.softmax(scores / self.temperature, dim=1).topk(count, dim=1)
-        places = torch.stack([rows.gather(1, order), columns.gather(1, order)], dim=2)
-        return places - pixel_grid(*offsets.shape[-2:], offsets.device), weights
-
-    def indices(self, offsets: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
-        """Offsets to integer rows and columns (B,K,h,w each) inside a map of `size`."""
-        place = offsets + pixel_grid(*offsets.shape[-2:], offsets.device)
-        rows, columns = place[:, :, 0].clamp(0, size[0] - 1), place[:, :, 1].clamp(0, size[1] - 1)
-        if self.fixed:
-            return rows.round().long(), columns.round().long()
-        flat = (rows * size[1] + columns).long()
-        return flat // size[1], flat % size[1]
+            distinct = drop_duplicates(places(indices, size, y.shape[-1]), _as_maps(scores, size))
+            scores = distinct.flatten(2).transpose(1, 2)
+        weights, order = torch.softmax(scores / self.temperature, dim=-1).topk(offsets.shape[1], dim=-1)
+        kept = places(indices.gather(-1, order), size, y.shape[-1])
+        return kept - pixel_grid(*size, offsets.device), _as_maps(weights, size)
 
 
 class ReleaseRefinement(nn.Module):
@@ -131,8 +143,13 @@ class ReleaseRefinement(nn.Module):
     def forward(self, state: Tensor, weights: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """state B,hidden,h,w; weights B,K,h,w; offsets B,K,2,h,w. Returns the state and unbounded steps B,K,2,h,w."""
         flow = offsets.transpose(1, 2).flatten(1, 2)  # all rows, then all columns
+        state, step = in_bands(self._rows, (state, weights, flow), BAND, HALO)
+        return state, step.unflatten(1, (2, -1)).transpose(1, 2)
+
+    def _rows(self, state: Tensor, weights: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
+        """The operator on some rows of all three."""
         state = self.gru(state, self.encoder(weights, flow))
-        return state, self.flow_head(state).unflatten(1, (2, -1)).transpose(1, 2)
+        return state, self.flow_head(state)
 
 
 class _MotionEncoder(nn.Module):
@@ -162,8 +179,8 @@ class _SeparableGRU(nn.Module):
             (self.convz1, self.convr1, self.convq1),
             (self.convz2, self.convr2, self.convq2),
         ):
-            both = torch.cat([state, x], dim=1)
-            z, r = torch.sigmoid(z_gate(both)), torch.sigmoid(r_gate(both))
+            z, r = side_by_side(torch.cat([state, x], dim=1), z_gate, r_gate)
+            z, r = torch.sigmoid(z), torch.sigmoid(r)
             state = (1 - z) * state + z * torch.tanh(proposal(torch.cat([r * state, x], dim=1)))
         return state
 
@@ -207,38 +224,81 @@ def neighbours(offsets: Tensor, axis: int) -> Tensor:
     return torch.cat([previous, offsets, following], dim=1)
 
 
-def similarity(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
-    """Dot products of x (B,C,h,w) and y (B,C,H,W) at flat indices (B,N,h,w). Returns B,N,h,w.
+def places(indices: Tensor, size: torch.Size, columns: int) -> Tensor:
+    """Numbers of pixels B,hw,N in a map of `columns` columns to their rows and columns, B,N,2,h,w float32."""
+    flat = torch.stack([indices // columns, indices % columns], dim=-1).float()
+    return flat.permute(0, 2, 3, 1).unflatten(3, size)
+
+
+def score(
+    offsets: Tensor, axis: int | None, x: Tensor, y: Tensor, rounded: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Numbers of the pixels that candidates point to, and their dot products, B,hw,N int64 and float32.
+
+    offsets B,K,2,h,w; x B,C,h,w and y B,C,H,W. Along an `axis` the candidates of both neighbours join: N = 3K, else K.
+    rounded: rows and columns are rounded apart, instead of the number being cut.
 
     Compiled on a CPU where numba loads, and never while a gradient is recorded or the graph is traced.
     """
     plain = x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling()
     compiled = None if plain or x.dtype != torch.float32 else _compiled()
-    return reference_similarity(x, y, indices) if compiled is None else compiled(x, y, indices)
+    return (reference_score if compiled is None else compiled)(offsets, axis, x, y, rounded)
 
 
 @functools.cache
-def _compiled() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+def _compiled() -> Callable[..., tuple[Tensor, Tensor]] | None:
     try:
         from cocosnet.model import release_compiled
     except (ImportError, RuntimeError):  # absent, too old for this NumPy, or no folder for its cache
         return None
-    return release_compiled.similarity
+    return release_compiled.score
 
 
-def reference_similarity(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
-    """The definition of `similarity`, in plain PyTorch, a few candidates at a time."""
-    return torch.cat([(x.unsqueeze(2) * _gather(y, part)).sum(1) for part in indices.split(4, dim=1)], dim=1)
+def reference_score(
+    offsets: Tensor, axis: int | None, x: Tensor, y: Tensor, rounded: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The definition of `score`, in plain PyTorch, a candidate at a time."""
+    offsets = offsets if axis is None else neighbours(offsets, axis)
+    indices = pixel_numbers(offsets, y.shape[-2:], rounded)
+    queries = x.flatten(2)
+    scores = [(queries * _gather(y, one).squeeze(-1)).sum(1).unsqueeze(-1) for one in indices.split(1, -1)]
+    return indices, torch.cat(scores, dim=-1)
+
+
+def pixel_numbers(offsets: Tensor, size: torch.Size, rounded: bool) -> Tensor:
+    """Offsets B,N,2,h,w to the numbers `row * W + column` of pixels in a map of `size`, B,hw,N int64."""
+    place = offsets + pixel_grid(*offsets.shape[-2:], offsets.device)
+    rows, columns = place[:, :, 0].clamp(0, size[0] - 1), place[:, :, 1].clamp(0, size[1] - 1)
+    if rounded:
+        rows, columns = rows.round(), columns.round()
+    return (rows * size[1] + columns).long().flatten(2).transpose(1, 2)
+
+
+def side_by_side(x: Tensor, *layers: nn.Conv2d) -> tuple[Tensor, ...]:
+    """Several convolutions of one input as a single one, which reads it once. The same numbers."""
+    weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+    joined = F.conv2d(x, weight, bias, padding=layers[0].padding)
+    return joined.split([layer.out_channels for layer in layers], dim=1)
 
 
 def _gather(values: Tensor, indices: Tensor) -> Tensor:
-    """values B,C,H,W at flat indices B,N,h,w: B,C,N,h,w."""
+    """values B,C,H,W at numbers of pixels B,P,N: B,C,P,N."""
     flat = indices.flatten(1).unsqueeze(1).expand(-1, values.shape[1], -1)
     return values.flatten(2).gather(2, flat).unflatten(2, indices.shape[1:])
 
 
-def _unit(x: Tensor) -> Tensor:
-    return F.normalize(x - x.mean(1, keepdim=True), dim=1)
+def _as_maps(values: Tensor, size: torch.Size) -> Tensor:
+    """B,hw,N -> B,N,h,w, a view: a pixel's N numbers stay side by side, and convolutions run channels-last on them."""
+    return values.transpose(1, 2).unflatten(2, size)
+
+
+def unit(x: Tensor) -> Tensor:
+    """B,C,h,w -> the same at unit length over the channels, as the release divides."""
+    return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)
+
+
+def _centred_unit(x: Tensor) -> Tensor:
+    return unit(x - x.mean(1, keepdim=True))
 
 
 def _as_large(y: Tensor, x: Tensor) -> Tensor:
