@@ -43,6 +43,7 @@ def import_weights(
         list[Path], typer.Argument(metavar="FILES", show_default=False, help="Corr and G, and D at will.")
     ],
     name: Annotated[str, typer.Option("--as", metavar="NAME", show_default=False, help="What to call the model.")],
+    mended: Annotated[bool, typer.Option("--mended", help="Mend three defects of its matching (release-fixed).")] = False,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -59,7 +60,7 @@ def import_weights(
     path = imported_folder() / f"{name}.safetensors"
     if path.exists() and not overwrite:
         raise typer.BadParameter(f"{path} is there already; choose another name or --overwrite", param_hint="--as")
-    out, model = Output(as_json, quiet), convert_release(files)
+    out, model = Output(as_json, quiet), convert_release(files, "release-fixed" if mended else "release")
     save_model(
         path, model, {"cocosctl.source": "the authors' CoCosNet v2 release: " + ", ".join(f.name for f in files)}
     )

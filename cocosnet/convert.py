@@ -35,8 +35,10 @@ _RENAMED = (  # the correspondence network's parts
 _UNUSED = re.compile(r"^discriminator_\d\.dec\.")  # a decoder that the release builds and never calls
 
 
-def convert_release(files: Iterable[str | Path]) -> ReleaseCoCosNet:
+def convert_release(files: Iterable[str | Path], compat: str = "release") -> ReleaseCoCosNet:
     """The model that the release's files describe: Corr and G, and D where it is given. Evaluation mode, float32.
+
+    compat: `release`, or `release-fixed`, which mends three defects of its matching (docs/release.md).
 
     Raises:
         CheckpointError: a file cannot be read, holds more than tensors, or is none of the three networks; Corr or G is
@@ -53,7 +55,7 @@ def convert_release(files: Iterable[str | Path]) -> ReleaseCoCosNet:
         tensors |= {prefix + _renamed(name): value for name, value in state.items() if not _UNUSED.match(name)}
     if not {"", "translator."} <= found:
         raise CheckpointError("the release's Corr and G are both needed (latest_net_Corr.pth, latest_net_G.pth)")
-    return _filled(tensors)
+    return _filled(tensors, compat)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -99,7 +101,7 @@ def fold_spectral_norms(state: dict[str, Tensor], path: Path) -> dict[str, Tenso
     return folded
 
 
-def release_config(tensors: dict[str, Tensor]) -> Config:
+def release_config(tensors: dict[str, Tensor], compat: str = "release") -> Config:
     """The config of renamed tensors, read off their shapes. Raises KeyError or IndexError where one is missing."""
 
     def outputs(*names: str) -> list[int]:
@@ -117,7 +119,7 @@ def release_config(tensors: dict[str, Tensor]) -> Config:
             "exemplar_condition": True,
         },
         "matching": {
-            "compat": "release",
+            "compat": compat,
             "channels": outputs("hierarchy.theta.0.weight")[0],
             "candidates": tensors[f"{block}refine_net.encoder.convc1.weight"].shape[1],
             "hidden": outputs(f"{block}initial_layer.0.weight")[0],
@@ -138,9 +140,9 @@ def _data(channels: int) -> dict[str, object]:
     return {"task": task, "size": 512, "classes": channels - 1 if task == "mask" else 0}
 
 
-def _filled(tensors: dict[str, Tensor]) -> ReleaseCoCosNet:
+def _filled(tensors: dict[str, Tensor], compat: str = "release") -> ReleaseCoCosNet:
     try:
-        config = release_config(tensors)
+        config = release_config(tensors, compat)
     except (KeyError, IndexError) as error:
         raise CheckpointError(f"not the release's networks: {error} is missing or has no such dimension") from error
     with torch.device("meta"):

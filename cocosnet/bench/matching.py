@@ -226,12 +226,12 @@ def _contest_figures(levels: list[Level], x: Pyramid, y: Pyramid, pair: Pair) ->
     figures = []
     for index, level in enumerate(levels, start=1):
         all_of_them = level_figures(level, x[index], y[index], pair, 2 ** (len(x) - 1 - index))
-        all_of_them["candidates"] = _distinct(level.matches)
+        all_of_them["candidates"] = distinct_candidates(level.matches)
         figures.append({"side": x[index].shape[-1]} | {name: all_of_them[name] for name in names})
     return figures
 
 
-def _distinct(matches: Matches) -> float:
+def distinct_candidates(matches: Matches) -> float:
     """Candidates in distinct pixels of the exemplar, the mean over all pixels; the release keeps copies."""
     rows, columns = matches.positions.round().long().unbind(2)
     pixels = torch.where(torch.isfinite(matches.scores), rows * (columns.max() + 1) + columns, -1).sort(1).values

@@ -137,15 +137,17 @@ def in_bands(
 ) -> tuple[Tensor, ...]:
     """`function(*maps)` band by band of `rows` rows, for less memory and for what stays in a processor's cache.
 
-    maps: tensors ..,h,w of one size; function: maps to a tuple of maps of that size, a row of which depends on the `halo`
-    rows above and below at most. The same result, whole where the maps have no more than `rows` rows.
+    maps: tensors ..,h,w of one size; function: maps to a tuple of maps of that size, a row of which depends on the
+    `halo` rows above and below at most. The same result, whole where the maps have no more than `rows` rows.
     """
     height = maps[0].shape[-2]
     if height <= rows:
         return function(*maps)
-    parts = []
+    whole: tuple[Tensor, ...] = ()
     for top in range(0, height, rows):
         first, bottom = max(top - halo, 0), min(top + rows, height)
         results = function(*(x[..., first : min(bottom + halo, height), :] for x in maps))
-        parts.append([result[..., top - first : bottom - first, :] for result in results])
-    return tuple(torch.cat(bands, dim=-2) for bands in zip(*parts))
+        whole = whole or tuple(part.new_empty(*part.shape[:-2], height, part.shape[-1]) for part in results)
+        for target, part in zip(whole, results):
+            target[..., top:bottom, :] = part[..., top - first : bottom - first, :]
+    return whole

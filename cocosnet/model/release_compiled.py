@@ -12,36 +12,58 @@ BLOCK = 16  # numbers that PyTorch adds one after the other before it joins part
 
 def score(offsets: Tensor, axis: int | None, x: Tensor, y: Tensor, rounded: bool = False) -> tuple[Tensor, Tensor]:
     """`release_matching.score`, float32 on the CPU: the same arguments, and the same numbers to the last bit."""
-    batch, candidates, _, height, width = offsets.shape
-    count = candidates if axis is None else 3 * candidates
+    batch, both, height, width = offsets.shape
+    count = both // 2 if axis is None else 3 * both // 2
     indices = torch.empty(batch, height * width, count, dtype=torch.int64)
     scores = torch.empty(batch, height * width, count)
     step = {None: (0, 0), -2: (1, 0), -1: (0, 1)}[axis]
     for b in range(batch):
-        field = offsets[b].permute(2, 3, 0, 1).contiguous().numpy()
         rows = [f[b].permute(1, 2, 0).contiguous().numpy() for f in (x, y)]
-        _score(field, *rows, step, rounded, indices[b].numpy(), scores[b].numpy())
+        _score(offsets[b].contiguous().numpy(), *rows, step, rounded, indices[b].numpy(), scores[b].numpy())
     return indices, scores
+
+
+def to_offsets(indices: Tensor, order: Tensor, size: torch.Size, columns: int) -> Tensor:
+    """`release_matching.to_offsets` on the CPU: the same arguments and numbers."""
+    offsets = torch.empty(indices.shape[0], 2 * order.shape[-1], *size)
+    for b in range(indices.shape[0]):
+        _to_offsets(indices[b].contiguous().numpy(), order[b].contiguous().numpy(), columns, offsets[b].numpy())
+    return offsets
 
 
 @numba.njit(parallel=True, cache=True, boundscheck=False)
 def _score(field, x, y, step, rounded, indices, scores):
-    """field h,w,K,2; x h,w,C; y H,W,C; step (rows, columns) to the next neighbour; indices and scores hw,N."""
-    height, width, candidates, _ = field.shape
-    size = (y.shape[0], y.shape[1])
+    """field 2K,h,w; x h,w,C; y H,W,C; step (rows, columns) to the next neighbour; indices and scores hw,N."""
+    both, height, width = field.shape
+    candidates, size = both // 2, (y.shape[0], y.shape[1])
     pixels = y.reshape(size[0] * size[1], y.shape[2])
+    reach = 1 if indices.shape[1] > candidates else 0
     for i in numba.prange(height):
         for j in range(width):
             p, count = i * width + j, 0
-            for sign in range(-1 if indices.shape[1] > candidates else 0, 2 if indices.shape[1] > candidates else 1):
+            for sign in range(-reach, reach + 1):
                 ni, nj = i + sign * step[0], j + sign * step[1]
                 inside = ni >= 0 and nj >= 0 and ni < height and nj < width
                 for k in range(candidates):
-                    down = field[ni, nj, k, 0] if inside else np.float32(0)
-                    along = field[ni, nj, k, 1] if inside else np.float32(0)
+                    down = field[k, ni, nj] if inside else np.float32(0)
+                    along = field[candidates + k, ni, nj] if inside else np.float32(0)
                     indices[p, count] = _number(np.float32(i) + down, np.float32(j) + along, size, rounded)
                     count += 1
             _dots(x[i, j], pixels, indices[p], scores[p])
+
+
+@numba.njit(parallel=True, cache=True, boundscheck=False)
+def _to_offsets(indices, order, columns, offsets):
+    """indices hw,N; order hw,K; offsets 2K,h,w."""
+    both, height, width = offsets.shape
+    candidates = both // 2
+    for i in numba.prange(height):
+        for j in range(width):
+            for k in range(candidates):
+                number = indices[i * width + j, order[i * width + j, k]]
+                row = number // columns
+                offsets[k, i, j] = np.float32(row - i)
+                offsets[candidates + k, i, j] = np.float32(number - row * columns - j)
 
 
 @numba.njit(inline="always")

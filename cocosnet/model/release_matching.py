@@ -1,8 +1,12 @@
 """The release's matching, level by level: its search, its GRU and its soft warp, with its arithmetic.
 
-Positions are kept as the release keeps them, as offsets (rows, columns) from a pixel's own place. An offset becomes a
-flat index `row * width + column` in floats, which is then cut to an integer: so a fraction of a row moves a match by
-columns. `compat: release-fixed` rounds rows and columns apart, and drops duplicates before the best are kept.
+Positions are kept as the release keeps them, as offsets from a pixel's own place, those in rows of all K candidates and
+then those in columns: B,2K,h,w, which is also what its GRU reads. An offset becomes a flat index `row * width + column`
+in floats, which is then cut to an integer: so a fraction of a row moves a match by columns. `compat: release-fixed`
+rounds rows and columns apart, drops duplicates before the best are kept, and starts a level densely.
+
+Matching turns on last bits: one changed match changes its neighbours in the next pass. So operations and their order
+are the release's, also where another order would be the same on paper (docs/release.md).
 
 Shapes: B batch, C channels, K candidates, h w the condition's map, H W the exemplar's map.
 """
@@ -10,7 +14,8 @@ Shapes: B batch, C channels, K candidates, h w the condition's map, H W the exem
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +28,8 @@ from cocosnet.model.matches import Matches
 from cocosnet.model.patchmatch import best_first, drop_duplicates
 from cocosnet.model.warp import downsample, pixel_grid
 
-WINDOW = (-2.0, 0.0, 2.0, 4.0)  # px, rows and columns around twice the coarser level's best match
+WINDOW = (-2.0, 0.0, 2.0, 4.0)  # px, rows and columns around twice the coarser level's match
+DENSE_WINDOW = (-1.0, 0.0, 1.0, 2.0)  # px, the same of release-fixed: even steps alone never reach an odd offset
 ORDERS = {"horizontal-first": (-1, -2), "vertical-first": (-2, -1)}  # axes of an iteration's two passes
 COARSE_CHUNK = 2**24  # similarities held at once at the coarse level: those of 64x64 positions all together
 BAND = 64  # rows that convolutions work on at once: less memory, and more of it in a processor's cache
@@ -78,9 +84,12 @@ class ReleaseHierarchy(nn.Module):
         return scores.gather(-1, best), best, torch.matmul(weights, values)
 
     def first_offsets(self, coarse: Matches) -> Tensor:
-        """What a level starts from. The release takes the coarser level's first slot, which the last refinement moved;
-        `release-fixed` takes its best one."""
-        return window_offsets(best_first(coarse) if self.patch_match.fixed else coarse)
+        """What a level starts from, B,2K,h,w. The release takes the coarser level's first slot, which the last refinement
+        moved, and even steps around it; `release-fixed` takes the best slot and every step.
+        """
+        if self.patch_match.fixed:
+            return window_offsets(best_first(coarse), DENSE_WINDOW)
+        return window_offsets(coarse, WINDOW)
 
     def _axes(self, orders: Sequence[str] | None) -> list[tuple[int, int]]:
         count = self.iterations * (len(self.theta) - 1)
@@ -106,7 +115,7 @@ class ReleasePatchMatch(nn.Module):
     def forward(
         self, offsets: Tensor, x: Tensor, y: Tensor, exemplar: Tensor, axes: Sequence[tuple[int, int]]
     ) -> Level:
-        """offsets B,K,2,h,w; x B,C,h,w and y B,C,H,W unit vectors; exemplar B,3,H,W. One order of axes an iteration."""
+        """offsets B,2K,h,w; x B,C,h,w and y B,C,H,W unit vectors; exemplar B,3,H,W. One order of axes an iteration."""
         state = self.initial_layer(torch.cat([x, _as_large(y, x)], dim=1))
         for order in axes:
             for axis in order:
@@ -119,16 +128,15 @@ class ReleasePatchMatch(nn.Module):
         return Level(Matches(places(indices, x.shape[-2:], y.shape[-1]), _as_maps(scores, x.shape[-2:])), [warp])
 
     def keep_best(self, offsets: Tensor, axis: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The K offsets (B,K,2,h,w) whose pixels are most similar, of one's own and both neighbours' along `axis`, and
+        """The K offsets (B,2K,h,w) whose pixels are most similar, of one's own and both neighbours' along `axis`, and
         their softmax weights (B,K,h,w) among all 3K."""
         size = offsets.shape[-2:]
         indices, scores = score(offsets, axis, x, y, self.fixed)
         if self.fixed:
             distinct = drop_duplicates(places(indices, size, y.shape[-1]), _as_maps(scores, size))
             scores = distinct.flatten(2).transpose(1, 2)
-        weights, order = torch.softmax(scores / self.temperature, dim=-1).topk(offsets.shape[1], dim=-1)
-        kept = places(indices.gather(-1, order), size, y.shape[-1])
-        return kept - pixel_grid(*size, offsets.device), _as_maps(weights, size)
+        weights, order = torch.softmax(scores / self.temperature, dim=-1).topk(offsets.shape[1] // 2, dim=-1)
+        return to_offsets(indices, order, size, y.shape[-1]), _as_maps(weights, size)
 
 
 class ReleaseRefinement(nn.Module):
@@ -141,14 +149,12 @@ class ReleaseRefinement(nn.Module):
         self.flow_head = _Head(hidden, 2 * candidates)
 
     def forward(self, state: Tensor, weights: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        """state B,hidden,h,w; weights B,K,h,w; offsets B,K,2,h,w. Returns the state and unbounded steps B,K,2,h,w."""
-        flow = offsets.transpose(1, 2).flatten(1, 2)  # all rows, then all columns
-        state, step = in_bands(self._rows, (state, weights, flow), BAND, HALO)
-        return state, step.unflatten(1, (2, -1)).transpose(1, 2)
+        """state B,hidden,h,w; weights B,K,h,w; offsets B,2K,h,w. Returns the state and unbounded steps B,2K,h,w."""
+        return in_bands(self._rows, (state, weights, offsets), BAND, HALO)
 
-    def _rows(self, state: Tensor, weights: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
+    def _rows(self, state: Tensor, weights: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """The operator on some rows of all three."""
-        state = self.gru(state, self.encoder(weights, flow))
+        state = self.gru(state, self.encoder(weights, offsets))
         return state, self.flow_head(state)
 
 
@@ -203,25 +209,26 @@ class InstanceNorm(nn.Module):
         return F.instance_norm(x) if x.shape[-2] * x.shape[-1] > 1 else x
 
 
-def window_offsets(coarse: Matches) -> Tensor:
+def window_offsets(coarse: Matches, window: Sequence[float]) -> Tensor:
     """The first offsets of a level: a 4x4 grid around twice the coarser level's first one, at every finer pixel.
 
-    coarse positions B,K,2,h,w -> B,16,2,2h,2w.
+    coarse positions B,K,2,h,w -> B,32,2h,2w.
     """
     best = coarse.positions[:, :1] - pixel_grid(*coarse.positions.shape[-2:], coarse.positions.device)
-    steps = best.new_tensor([(row, column) for row in WINDOW for column in WINDOW]).view(1, -1, 2, 1, 1)
-    return (2 * best + steps).repeat_interleave(2, dim=-2).repeat_interleave(2, dim=-1)
+    steps = best.new_tensor([(row, column) for row in window for column in window]).view(1, -1, 2, 1, 1)
+    both = (2 * best + steps).transpose(1, 2).flatten(1, 2)
+    return both.repeat_interleave(2, dim=-2).repeat_interleave(2, dim=-1)
 
 
 def neighbours(offsets: Tensor, axis: int) -> Tensor:
-    """The candidates of the previous neighbour along `axis`, one's own, the next one's: B,K,2,h,w -> B,3K,2,h,w.
+    """The candidates of the previous neighbour along `axis`, one's own, the next one's: B,2K,h,w -> B,6K,h,w.
 
     Beyond the border there is offset 0.
     """
     size, nothing = offsets.shape[axis], torch.zeros_like(offsets.narrow(axis, 0, 1))
     previous = torch.cat([nothing, offsets.narrow(axis, 0, size - 1)], dim=axis)
     following = torch.cat([offsets.narrow(axis, 1, size - 1), nothing], dim=axis)
-    return torch.cat([previous, offsets, following], dim=1)
+    return torch.cat([x.unflatten(1, (2, -1)) for x in (previous, offsets, following)], dim=2).flatten(1, 2)
 
 
 def places(indices: Tensor, size: torch.Size, columns: int) -> Tensor:
@@ -230,28 +237,44 @@ def places(indices: Tensor, size: torch.Size, columns: int) -> Tensor:
     return flat.permute(0, 2, 3, 1).unflatten(3, size)
 
 
+def to_offsets(indices: Tensor, order: Tensor, size: torch.Size, columns: int) -> Tensor:
+    """Offsets B,2K,h,w of the candidates `order` (B,hw,K) among numbers of pixels (B,hw,N).
+
+    size: h,w of the condition's map; columns: those of the exemplar's.
+    """
+    compiled = _compiled() if is_plain(indices) else None
+    if compiled is not None:
+        return compiled.to_offsets(indices, order, size, columns)
+    kept = places(indices.gather(-1, order), size, columns) - pixel_grid(*size, indices.device)
+    return kept.transpose(1, 2).flatten(1, 2)
+
+
 def score(
     offsets: Tensor, axis: int | None, x: Tensor, y: Tensor, rounded: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Numbers of the pixels that candidates point to, and their dot products, B,hw,N int64 and float32.
 
-    offsets B,K,2,h,w; x B,C,h,w and y B,C,H,W. Along an `axis` the candidates of both neighbours join: N = 3K, else K.
+    offsets B,2K,h,w; x B,C,h,w and y B,C,H,W. Along an `axis` the candidates of both neighbours join: N = 3K, else K.
     rounded: rows and columns are rounded apart, instead of the number being cut.
 
     Compiled on a CPU where numba loads, and never while a gradient is recorded or the graph is traced.
     """
-    plain = x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling()
-    compiled = None if plain or x.dtype != torch.float32 else _compiled()
-    return (reference_score if compiled is None else compiled)(offsets, axis, x, y, rounded)
+    compiled = _compiled() if is_plain(x) and x.dtype == torch.float32 else None
+    return (reference_score if compiled is None else compiled.score)(offsets, axis, x, y, rounded)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether compiled code may work on x: on a CPU, no gradient recorded, no graph traced."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 @functools.cache
-def _compiled() -> Callable[..., tuple[Tensor, Tensor]] | None:
+def _compiled() -> ModuleType | None:
     try:
         from cocosnet.model import release_compiled
     except (ImportError, RuntimeError):  # absent, too old for this NumPy, or no folder for its cache
         return None
-    return release_compiled.score
+    return release_compiled
 
 
 def reference_score(
@@ -266,9 +289,9 @@ def reference_score(
 
 
 def pixel_numbers(offsets: Tensor, size: torch.Size, rounded: bool) -> Tensor:
-    """Offsets B,N,2,h,w to the numbers `row * W + column` of pixels in a map of `size`, B,hw,N int64."""
-    place = offsets + pixel_grid(*offsets.shape[-2:], offsets.device)
-    rows, columns = place[:, :, 0].clamp(0, size[0] - 1), place[:, :, 1].clamp(0, size[1] - 1)
+    """Offsets B,2N,h,w to the numbers `row * W + column` of pixels in a map of `size`, B,hw,N int64."""
+    place = offsets.unflatten(1, (2, -1)) + pixel_grid(*offsets.shape[-2:], offsets.device).unsqueeze(1)
+    rows, columns = place[:, 0].clamp(0, size[0] - 1), place[:, 1].clamp(0, size[1] - 1)
     if rounded:
         rows, columns = rows.round(), columns.round()
     return (rows * size[1] + columns).long().flatten(2).transpose(1, 2)
