@@ -111,10 +111,9 @@ def _config(
 def _run(preparation: Preparation, out: Output) -> None:
     start, done = time.monotonic(), []
     with out.progress("pictures", len(preparation)) as advance:
-        for record in preparation.run():
+        for record in preparation.run(advance):
             out.record(record, role="condition")
             done.append(record)
-            advance()
     if done:  # under torchrun the first process speaks for all
         seconds = time.monotonic() - start
         out.detail(f"{seconds:.1f} s, {len(done) / max(seconds, 1e-3):.1f} pictures a second")

@@ -70,6 +70,7 @@ class PrepareConfig:
     item: str = ""  # regular expression: photographs whose path gives the same match show the same item (else: folder)
     exemplars: int = 5  # how many exemplars a record lists at most
     features: str = "auto"  # network of retrieval: vgg19, vgg16-caffe, or auto
+    batch: int = 0  # pictures that a network sees at once; 0: 8 on a GPU, 1 on a processor, where more is no quicker
     pose_canvas: int = 0  # px of the square that ready-made poses count in, after crop: pad; 0: those of the photograph
     pad_value: int = 232  # grey of crop: pad (release)
 

@@ -14,6 +14,10 @@ class DataError(CocosError):
     """An input file, record or folder cannot be used (exit code 3, or an error record in a batch)."""
 
 
+class OutputError(DataError):
+    """A file cannot be written: the disk is full or read-only. The next item would fare no better, so a batch ends."""
+
+
 class ConfigError(CocosError):
     """A preset, a config file or a `--set` is wrong (exit code 3)."""
 

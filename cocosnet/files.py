@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from cocosnet.errors import DataError
+from cocosnet.errors import OutputError
 
 _NAME_LIMIT = 120  # bytes of an output's name that come from the id
 
@@ -22,7 +22,7 @@ def atomic_path(path: str | Path, failures: tuple[type[Exception], ...] = ()) ->
     the writer raises, besides OSError, where it cannot write.
 
     Raises:
-        DataError: the folder cannot be made or written, or the disk is full.
+        OutputError: the folder cannot be made or written, or the disk is full.
     """
     path = Path(path)
     temporary = None
@@ -41,17 +41,17 @@ def atomic_path(path: str | Path, failures: tuple[type[Exception], ...] = ()) ->
             temporary.unlink(missing_ok=True)
 
 
-def cannot_write(path: str | Path, error: Exception) -> DataError:
+def cannot_write(path: str | Path, error: Exception) -> OutputError:
     """What to raise where writing `path` failed with `error`."""
     cause = (
         error.__context__ if isinstance(error.__context__, OSError) else error
     )  # what a writer met, not what it says
     reason = getattr(cause, "strerror", None) or " ".join(str(cause).split())
-    return DataError(f"{path}: cannot write: {reason}; check the folder and its free space")
+    return OutputError(f"{path}: cannot write: {reason}; check the folder and its free space")
 
 
 def atomic_write(path: str | Path, content: bytes | str) -> None:
-    """Write `content` (text as UTF-8) to `path` atomically. Raises DataError as `atomic_path` does."""
+    """Write `content` (text as UTF-8) to `path` atomically. Raises OutputError as `atomic_path` does."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 

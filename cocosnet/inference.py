@@ -21,7 +21,7 @@ from torch import Tensor
 from cocosnet.checkpoint import find_checkpoint, load_model
 from cocosnet.config import DataConfig
 from cocosnet.data.conditions import condition_filter, condition_to_tensor, load_condition_image
-from cocosnet.data.extractors import Extractor, get_extractor
+from cocosnet.data.extractors import Extractor, condition_extractor
 from cocosnet.data.images import load_rgb, resize_shorter, save_image, shown, to_image, to_tensor
 from cocosnet.data.records import Record
 from cocosnet.errors import ConfigError, DataError
@@ -80,9 +80,7 @@ class Translator:
     @cached_property
     def extractor(self) -> Extractor:
         """The extractor of edges or poses that the model was trained with; for ready-made poses any."""
-        if self.data.task == "pose":
-            return get_extractor("auto" if self.data.poses == "openpose" else self.data.poses, self.device, "pose")
-        return get_extractor(self.data.edges, self.device)
+        return condition_extractor(self.data, self.device)
 
     @cached_property
     def fingerprint(self) -> str:

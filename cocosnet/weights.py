@@ -198,11 +198,17 @@ def _how_to_get(weight: WeightFile) -> str:
 
 
 def _verify(path: Path, expected: str, shown: str | None = None) -> None:
-    found = _sha256(path, path.stat().st_size, path.stat().st_mtime_ns)
+    found = sha256_of(path)
     if found != expected:
         raise CheckpointError(
             f"{shown or path}: sha256 is {found}, expected {expected}; remove the file and get it again"
         )
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's content, read once a process as long as the file does not change."""
+    state = path.stat()
+    return _sha256(path, state.st_size, state.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=32)

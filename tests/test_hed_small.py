@@ -52,7 +52,7 @@ def test_hed_sees_the_outline_and_not_the_flat_parts(weights: Path) -> None:
     network = load_hed(weights)
     picture = Image.new("RGB", (160, 120), (200, 180, 90))
     picture.paste((30, 40, 120), (50, 40, 110, 80))
-    edges = hed_edges(network, picture)
+    (edges,) = hed_edges(network, [picture])
     assert edges.shape == (120, 160) and 0 <= edges.min() and edges.max() <= 1
     assert edges[38:43, 60:100].max(0).values.min() > 0.5
     assert edges[:20].max() < 0.3 and edges[:, 130:].max() < 0.3
@@ -124,7 +124,7 @@ def test_any_size(size: tuple[int, int]) -> None:
     for name in ("hed-small", "image"):
         edges = get_extractor(name)(image)
         assert edges.mode == "L" and edges.size == size
-    assert hed_small_edges(load_hed_small(), image).shape == size[::-1]
+    assert hed_small_edges(load_hed_small(), [image]).shape == (1, *size[::-1])
 
 
 def test_size_says_the_shorter_side(shared: Path) -> None:

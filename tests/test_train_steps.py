@@ -15,7 +15,8 @@ from cocosnet.losses.perceptual import load_perceptual
 from cocosnet.losses.total import loss_weights, total_loss
 from cocosnet.train.batches import StepBatches, make_sample, step_generator
 from cocosnet.train.ema import Ema
-from cocosnet.train.networks import build_networks, pick_precision
+from cocosnet.precision import pick_precision
+from cocosnet.train.networks import build_networks
 from cocosnet.train.steps import Stepping, discriminator_step, generator_losses, generator_step, warp_psnr
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from cocosnet.bench.features import FIXED, Pyramid, fixed_features, reduced_pair
 from cocosnet.checkpoint import load_model
 from cocosnet.config import MatchingConfig
 from cocosnet.data.conditions import condition_to_tensor
-from cocosnet.data.extractors import get_extractor
+from cocosnet.data.extractors import condition_extractor
 from cocosnet.data.images import to_image
 from cocosnet.errors import ConfigError
 from cocosnet.model.cocosnet import CoCosNet
@@ -40,7 +40,8 @@ def open_source(features: str, config: MatchingConfig, depth: int | None, device
     own number of levels, of which the `depth` finest are used (None: all).
 
     Raises:
-        ConfigError: more levels than there are, or another K than the checkpoint's refinement was made for.
+        ConfigError: more levels than there are, another K than the checkpoint's refinement was made for, or a model
+            of label maps, which are not found in photographs.
         MissingWeights, CheckpointError, MissingDependency: as the loaders say.
     """
     if features in FIXED:
@@ -60,7 +61,7 @@ def _trained(model: CoCosNet, config: MatchingConfig, depth: int | None, device:
         raise ConfigError(f"this checkpoint has {available} levels, {depth} were asked for; start at a finer level")
     config = dataclasses.replace(own, backend=config.backend, iterations=config.iterations)
     skipped = available - depth
-    extractor = get_extractor(model.config.data.edges, device)
+    extractor = condition_extractor(model.config.data, device)
 
     def pyramids(query: Tensor, exemplar: Tensor) -> list[Pyramid]:
         conditions = [condition_to_tensor(extractor(to_image(q)), model.config.data) for q in query]

@@ -6,6 +6,7 @@ This module owns how files are decoded and how pixel values map to tensors: 0..2
 from __future__ import annotations
 
 import os
+import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +15,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from cocosnet.data.png import png_bytes
 from cocosnet.errors import DataError
 from cocosnet.files import atomic_path
 
 MAX_PIXELS = 150_000_000  # pixels of one picture that we decode (450 MB as RGB); Pillow's own bound is 179 million
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # others are refused: EPS would start a program
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+ROWS = 256  # of a picture of deep grey that are converted at once
 SAVE_OPTIONS = {
     ".png": {},
     ".jpg": {"quality": 95, "subsampling": 0},
@@ -33,26 +37,31 @@ def shown(path: str | Path) -> str:
     return text if text.isprintable() else repr(text)[1:-1]
 
 
+UNLISTED = "cannot list this folder; check its permissions"
+
+
 def find_images(folder: str | Path, exclude: str | Path | None = None) -> list[Path]:
     """Paths of the pictures in `folder` and below, by suffix, sorted; hidden files and folders are passed over.
 
-    Folders that are links are not entered. `exclude` names a folder to leave out, such as one's own output.
+    Folders that are links are not entered. `exclude` names a folder to leave out, such as one's own output. A folder
+    below that cannot be listed is in the answer itself, so that reading it tells why its pictures are missing.
 
     Raises:
-        DataError: `folder` is not a folder, or a folder below it cannot be listed.
+        DataError: `folder` is not a folder, or cannot be listed.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{shown(folder)}: no such folder; give the folder that holds the pictures")
     excluded = os.path.realpath(exclude) if exclude is not None else None
-    return sorted(_walk(folder, excluded))
+    refused: list[Path] = []
+    found = [*_walk(folder, excluded, refused), *refused]
+    if folder in refused:
+        raise DataError(f"{shown(folder)}: {UNLISTED}")
+    return sorted(found)
 
 
-def _walk(folder: Path, excluded: str | None) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
-        raise DataError(f"{shown(error.filename)}: cannot list this folder: {error.strerror}; check its permissions")
-
-    for place, folders, names in os.walk(folder, onerror=refuse):
+def _walk(folder: Path, excluded: str | None, refused: list[Path]) -> Iterator[Path]:
+    for place, folders, names in os.walk(folder, onerror=lambda error: refused.append(Path(error.filename))):
         folders[:] = [
             name
             for name in folders
@@ -74,7 +83,7 @@ def load_rgb(path: str | Path, shorter: int | None = None) -> Image.Image:
             size (never below twice `shorter`), which saves most of the time and memory.
 
     Raises:
-        DataError: missing, empty, truncated, not a picture, or more than MAX_PIXELS pixels.
+        DataError: missing, empty, truncated, not a picture in one of FORMATS, or more than MAX_PIXELS pixels.
     """
     image = _decode(path, shorter)
     return image if image.mode == "RGB" else _flatten(image)
@@ -103,10 +112,7 @@ def load_labels(path: str | Path) -> np.ndarray:
 
 def _decode(path: str | Path, shorter: int | None) -> Image.Image:
     """Open, check, decode and turn upright; the mode is the file's own."""
-    if not os.path.isfile(path):
-        raise DataError(f"{shown(path)}: no such file; check the path")
-    if os.path.getsize(path) == 0:
-        raise DataError(f"{shown(path)}: the file is empty; copy it again or remove it")
+    _check_file(path)
     try:
         return _decode_unchecked(path, shorter)
     except (DataError, MemoryError):
@@ -120,10 +126,25 @@ def _decode(path: str | Path, shorter: int | None) -> Image.Image:
         raise DataError(f"{shown(path)}: cannot read this picture ({reason}); save it again as PNG or JPEG") from error
 
 
+def _check_file(path: str | Path) -> None:
+    """Raises DataError where there is no file with something in it; opening a pipe would wait for ever."""
+    try:
+        state = os.stat(path)
+    except OSError as error:
+        reason = "no such file; check the path" if isinstance(error, FileNotFoundError) else f"{error.strerror}"
+        raise DataError(f"{shown(path)}: {reason}") from error
+    if stat.S_ISDIR(state.st_mode):
+        raise DataError(f"{shown(path)}: no such file, but a folder; {UNLISTED}")
+    if not stat.S_ISREG(state.st_mode):
+        raise DataError(f"{shown(path)}: no such file, but a pipe, socket or device; remove it")
+    if state.st_size == 0:
+        raise DataError(f"{shown(path)}: the file is empty; copy it again or remove it")
+
+
 def _decode_unchecked(path: str | Path, shorter: int | None) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # bombs are bounded below, and odd EXIF blocks are no news to a user
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise DataError(
@@ -132,7 +153,20 @@ def _decode_unchecked(path: str | Path, shorter: int | None) -> Image.Image:
             if shorter is not None and min(width, height) > 2 * shorter and image.format == "JPEG":
                 image.draft(None, tuple(2 * shorter * side // min(width, height) for side in (width, height)))
             image.load()
+            if image.format == "PNG" and (image.info.get("interlace") or not _last_row(image).any()):
+                _check_rows(path)  # rows that did not come are zeros
             return ImageOps.exif_transpose(image)
+
+
+def _last_row(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.crop((0, image.height - 1, image.width, image.height)))
+
+
+def _check_rows(path: str | Path) -> None:
+    """Raises DataError for a PNG whose data end before its last row, which Pillow does not mind."""
+    found, needed = png_bytes(path)
+    if found < needed:
+        raise DataError(f"{shown(path)}: rows are missing, {found / needed:.0%} of the picture is there; copy it again")
 
 
 def _flatten(image: Image.Image) -> Image.Image:
@@ -140,18 +174,23 @@ def _flatten(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _deep_gray(np.asarray(image)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        ground = Image.new("RGB", image.size, "white")
+        ground.paste(image, mask=image.getchannel("A"))
+        return ground
     return image.convert("RGB")
 
 
 def _deep_gray(values: np.ndarray) -> Image.Image:
     """Grey of more than 8 bits to mode L; the white point is guessed among the three in use: 1, 255 and 65535."""
     fractions = values.dtype.kind == "f"
-    values = np.nan_to_num(values.astype(np.float32))
-    peak = values.max(initial=0)
+    peak = np.nan_to_num(values.max(initial=0, where=~np.isnan(values))) if fractions else values.max(initial=0)
     white = 1.0 if fractions and peak <= 1 else 255.0 if peak <= 255 and values.dtype.itemsize > 2 else 65535.0
-    return Image.fromarray((np.clip(values / white, 0, 1) * 255 + 0.5).astype(np.uint8))
+    grey = np.empty(values.shape, np.uint8)
+    for start in range(0, len(values), ROWS):  # a picture of MAX_PIXELS would take gigabytes as a whole
+        rows = np.nan_to_num(values[start : start + ROWS].astype(np.float32))
+        grey[start : start + ROWS] = np.clip(rows / white, 0, 1) * 255 + 0.5
+    return Image.fromarray(grey)
 
 
 def resize_shorter(image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:

@@ -9,6 +9,7 @@ import dataclasses
 import io
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,17 +21,18 @@ from PIL import Image
 from cocosnet.config import Config, DataConfig
 from cocosnet.data import crop
 from cocosnet.data.conditions import condition_filter, labels_to_image
-from cocosnet.data.extractors import BUILT_IN, READY_MADE, WORK_SIDE, Extractor, get_extractor
+from cocosnet.data.extractors import READY_MADE, WORK_SIDE, Extractor, get_extractor, names_detector
 from cocosnet.data.images import load_gray, load_rgb, resize_shorter, save_image, shown
 from cocosnet.data.labels import UNKNOWN, read_labels
 from cocosnet.data.pose import Pose, read_pose, write_pose
 from cocosnet.data.records import Record
 from cocosnet.data.sources import Item, digest
-from cocosnet.errors import DataError
+from cocosnet.errors import DataError, OutputError
 from cocosnet.files import atomic_write
 
 IMAGES, CONDITIONS, STAMPS, FEATURES = "images", "conditions", ".stamps", ".features"
 SQUARE_BY_FACE = ("face", "align")
+BATCH = 8  # pictures that a network on a GPU sees at once, where the config does not say
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,26 @@ class Frame:
 
 
 @dataclass
+class _Job:
+    """An item on its way: what is known of it after each step."""
+
+    index: int
+    item: Item
+    start: float
+    error: str = ""
+    parts: list[str] = field(default_factory=list)  # to be made: image, condition, feature
+    stamp: dict[str, Any] = field(default_factory=dict)
+    picture: Image.Image | None = None  # as it is stored
+    part: Image.Image | None = None  # the same, before it is reduced
+    frame: Frame | None = None
+    points: np.ndarray | None = None  # 68,2 landmarks, px of the photograph as decoded
+    condition: Image.Image | Pose | None = None
+    vector: np.ndarray | None = None
+
+
+@dataclass
 class Maker:
-    """Makes items by their position. It can be sent to another process; networks are loaded where it is first used."""
+    """Makes items by their positions. It can be sent to another process; networks are loaded where they are used."""
 
     items: list[Item]
     output: Path
@@ -104,12 +124,22 @@ class Maker:
         """How pictures become tensors."""
         return self.config.data
 
+    @property
+    def batch(self) -> int:
+        """Pictures that a network sees at once."""
+        return self.config.prepare.batch or (1 if self.device == "cpu" else BATCH)
+
     def network(self, task: str) -> Extractor:
         """The extractor of conditions, landmarks or features. Raises as `get_extractor` does."""
         if task not in self._networks:
-            names = {"landmarks": self.data.landmarks, "features": self.config.prepare.features}
+            names = {"landmarks": self.data.landmarks or "auto", "features": self.config.prepare.features}
             self._networks[task] = get_extractor(names.get(task, self.extractor), self.device, task)
         return self._networks[task]
+
+    def tasks(self) -> list[str]:
+        """The networks that making all items may take."""
+        by_need = {self.data.task: not self.ready_made, "features": self.retrieves, "landmarks": self.finds_points}
+        return [task for task, needed in by_need.items() if needed]
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
@@ -117,7 +147,10 @@ class Maker:
         if self.extractor is None:
             source = {"network": "none", "labels": f"{self.config.prepare.kind} maps"}
             return source if self.palette is None else source | {"palette": digest(self.palette.tolist())}
-        return self.network(self.data.task).provenance
+        found = self.network(self.data.task).provenance
+        if not self.draws_faces:
+            return found
+        return found | {"landmarks": self.network("landmarks").provenance if self.finds_points else "from a file"}
 
     @property
     def ready_made(self) -> bool:
@@ -129,12 +162,27 @@ class Maker:
         """Whether feature vectors are needed."""
         return self.config.prepare.pairs == "retrieval"
 
+    @property
+    def crops_faces(self) -> bool:
+        """Whether landmarks say which part of a photograph is used."""
+        return self.data.crop in SQUARE_BY_FACE
+
+    @property
+    def draws_faces(self) -> bool:
+        """Whether landmarks are drawn into the condition."""
+        return not self.ready_made and getattr(self.network(self.data.task), "wants_points", False)
+
+    @property
+    def finds_points(self) -> bool:
+        """Whether landmarks are needed and come from a detector."""
+        return (self.crops_faces or self.draws_faces) and names_detector(self.data.landmarks)
+
     @cached_property
     def _common(self) -> dict[str, Any]:
         """What the stamps of all items share, by part."""
         image = [self.data.size, self.data.crop]
         image += [self.config.prepare.pad_value] if self.data.crop == "pad" else []
-        if self.data.crop in SQUARE_BY_FACE and self.data.landmarks in BUILT_IN["landmarks"]:
+        if self.crops_faces and self.finds_points:
             image.append(self.network("landmarks").provenance)
         features = self.network("features").provenance if self.retrieves else None
         condition = [self.data.task, self.provenance, self.config.prepare.kind, self.config.prepare.pose_canvas]
@@ -152,37 +200,48 @@ class Maker:
 
     def stale(self, item: Item) -> tuple[dict[str, str], dict[str, Any], list[str]]:
         """What the parts would be made of, the stamp that is there, and the parts to make. Raises DataError."""
+        if self.ready_made and not item.labels:
+            raise DataError("no condition file has this name in the labels folder; add it or remove the photograph")
         paths, old = self.paths(item), self._old_stamp(item)
         points = None if item.points is None else item.points.tolist()
-        image = digest([self._common["image"], item.relative, _file_state(item.photo), points])
-        labels = [_file_state(path) for path in item.labels]
-        new = {"image": image, "condition": digest([image, self._common["condition"], labels])}
+        made_of = [self._common["image"], item.relative, _file_state(item.photo), points if self.crops_faces else None]
+        image, labels = digest(made_of), [_file_state(path) for path in item.labels]
+        drawn = points if self.draws_faces else None
+        new = {"image": image, "condition": digest([image, self._common["condition"], labels, drawn])}
         if self.retrieves:
             new["feature"] = digest([image, self._common["feature"]])
         parts = [part for part in new if self.overwrite or old.get(part) != new[part] or not paths[part].is_file()]
         return new, old, parts
 
-    def __getitem__(self, index: int) -> Made:
-        """Make the item, or find that it is up to date; what cannot be made becomes an error record."""
-        item, start = self.items[index], time.monotonic()
-        extra = {"source": shown(item.relative), "split": item.split, "condition_source": self.provenance}
-        try:
-            new, old, parts = self.stale(item)
-            if parts:
-                old = self._make(item, new, old, parts)
-        except DataError as error:
-            message = str(error) if shown(item.photo) in str(error) else f"{shown(item.photo)}: {error}"
-            return Made(index, Record(item.id, status="error", error=message, seconds=_since(start), extra=extra))
-        paths = self.paths(item)
+    def __getitem__(self, indices: list[int]) -> list[Made]:
+        """Make the items, or find that they are up to date; what cannot be made becomes an error record.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        jobs = [_Job(index, self.items[index], time.monotonic()) for index in indices]
+        _each(jobs, self._look)
+        todo = [job for job in jobs if job.parts]
+        _each(todo, self._open)
+        self._find("condition", [job for job in todo if "condition" in job.parts and not self.ready_made])
+        self._find("vector", [job for job in todo if "feature" in job.parts])
+        _each(todo, self._save)
+        return [self._made(job) for job in jobs]
+
+    def _made(self, job: _Job) -> Made:
+        extra = {"source": shown(job.item.relative), "split": job.item.split, "condition_source": self.provenance}
+        paths, seconds = self.paths(job.item), _since(job.start)
+        if job.error:
+            return Made(job.index, Record(job.item.id, status="error", error=job.error, seconds=seconds, extra=extra))
         record = Record(
-            item.id,
+            job.item.id,
             condition=str(paths["condition"]),
             target=str(paths["image"]),
-            status="ok" if parts else "skipped",
-            seconds=_since(start),
-            extra=extra | old.get("extra", {}),
+            status="ok" if job.parts else "skipped",
+            seconds=seconds,
+            extra=extra | job.stamp.get("extra", {}),
         )
-        return Made(index, record, old.get("top", -1))
+        return Made(job.index, record, job.stamp.get("top", -1))
 
     def _old_stamp(self, item: Item) -> dict[str, Any]:
         try:
@@ -191,60 +250,94 @@ class Maker:
             return {}
         return stamp if isinstance(stamp, dict) else {}
 
-    def _make(self, item: Item, new: dict[str, str], old: dict[str, Any], parts: list[str]) -> dict[str, Any]:
-        """Make `parts`; the stamp is taken away first and written last, so that it never says too much."""
-        paths = self.paths(item)
+    def _look(self, job: _Job) -> None:
+        """What is to be made of the item."""
+        new, old, job.parts = self.stale(job.item)
+        job.stamp = {**new, "top": old.get("top", -1), "extra": old.get("extra", {})}
+
+    def _open(self, job: _Job) -> None:
+        """Decode the photograph, cut the frame, and read a ready-made condition."""
+        if job.parts == ["feature"]:
+            job.picture = load_rgb(self.paths(job.item)["image"])
+            return
+        image = load_rgb(job.item.photo, shorter=None if self._in_its_own_px else max(self.data.size, WORK_SIDE))
+        job.points = self._points(job, image)
+        job.frame = self._frame(image.size, job.points)
+        job.part = job.frame.apply(image, self.config.prepare.pad_value)
+        job.picture = resize_shorter(job.part, self.data.size)
+        if "condition" in job.parts:
+            job.stamp |= {"top": -1, "extra": _crop_record(job.frame, self.data)}
+            if self.ready_made:
+                job.condition, job.stamp["top"] = self._given(job.item, job.frame, job.picture.size)
+
+    @property
+    def _in_its_own_px(self) -> bool:
+        """Whether something counts in px of the photograph, so that it may not be decoded at a fraction of its size."""
+        return self.crops_faces or self.draws_faces or (self.data.task == "pose" and self.ready_made)
+
+    def _find(self, what: str, jobs: list[_Job]) -> None:
+        """Let a network find the jobs' conditions or feature vectors, in several pictures at once where it can."""
+        jobs = [job for job in jobs if not job.error]
+        if not jobs:
+            return
+        network = self.network("features" if what == "vector" else self.data.task)
+        if self.batch > 1 and hasattr(network, "many"):
+            try:
+                for job, answer in zip(jobs, network.many(**self._questions(what, jobs), batch=self.batch)):
+                    setattr(job, what, answer)
+                return
+            except DataError:  # one of them is at fault; each for itself, it is known which
+                pass
+        _each(jobs, lambda job: setattr(job, what, self._found_alone(network, what, job)))
+
+    def _found_alone(self, network: Extractor, what: str, job: _Job) -> Any:
+        asked = self._questions(what, [job])
+        if self.batch > 1 and hasattr(network, "many"):
+            return network.many(**asked, batch=self.batch)[0]
+        points = {name: values[0] for name, values in asked.items() if name == "points"}
+        return network(asked["images"][0], asked["size"], **points)
+
+    def _questions(self, what: str, jobs: list[_Job]) -> dict[str, Any]:
+        """The arguments of an extractor's `many`."""
+        if what == "vector":
+            return {"images": [job.picture for job in jobs], "size": None}
+        asked = {"images": [job.part for job in jobs], "size": self.data.size}
+        if self.draws_faces:
+            asked["points"] = [job.frame.points(job.points, job.part.size) for job in jobs]
+        return asked
+
+    def _save(self, job: _Job) -> None:
+        """Write the parts; the stamp is taken away first and written last, so that it never says too much."""
+        paths = self.paths(job.item)
         paths["stamp"].unlink(missing_ok=True)
-        stamp = {**new, "top": old.get("top", -1), "extra": old.get("extra", {})}
-        if parts == ["feature"]:
-            picture = load_rgb(paths["image"])
-        else:
-            picture, stamp = self._make_pictures(item, paths, stamp, parts)
-        if "feature" in parts:
-            _save_vector(self.network("features")(picture), paths["feature"])
-        atomic_write(paths["stamp"], json.dumps(stamp))
-        return stamp
+        if "condition" in job.parts:
+            _save_condition(job.condition, paths["condition"])
+        if "image" in job.parts:
+            save_image(job.picture, paths["image"])
+        if "feature" in job.parts:
+            _save_vector(job.vector, paths["feature"])
+        atomic_write(paths["stamp"], json.dumps(job.stamp))
 
-    def _make_pictures(
-        self, item: Item, paths: dict[str, Path], stamp: dict[str, Any], parts: list[str]
-    ) -> tuple[Image.Image, dict[str, Any]]:
-        whole = self.data.crop in SQUARE_BY_FACE or (self.data.task == "pose" and self.ready_made)
-        image = load_rgb(item.photo, shorter=None if whole else max(self.data.size, WORK_SIDE))
-        frame = self._frame(item, image)
-        part = frame.apply(image, self.config.prepare.pad_value)
-        picture = resize_shorter(part, self.data.size)
-        if "condition" in parts:
-            condition, top = self._condition(item, frame, part, picture.size)
-            _save_condition(condition, paths["condition"])
-            stamp = {**stamp, "top": top, "extra": _crop_record(frame, self.data)}
-        if "image" in parts:
-            save_image(picture, paths["image"])
-        return picture, stamp
-
-    def _frame(self, item: Item, image: Image.Image) -> Frame:
-        if self.data.crop in SQUARE_BY_FACE:
-            points = self._points(item, image)
-            if self.data.crop == "face":
-                return Frame(image.size, box=crop.face_box(image.size, points))
-            return Frame(image.size, corners=crop.face_corners(points), side=max(self.data.size, WORK_SIDE))
+    def _frame(self, size: tuple[int, int], points: np.ndarray | None) -> Frame:
+        if self.data.crop == "face":
+            return Frame(size, box=crop.face_box(size, points))
+        if self.data.crop == "align":
+            return Frame(size, corners=crop.face_corners(points), side=max(self.data.size, WORK_SIDE))
         boxes = {"square": crop.square_box, "pad": crop.pad_box}
-        return Frame(image.size, box=boxes[self.data.crop](image.size) if self.data.crop in boxes else None)
+        return Frame(size, box=boxes[self.data.crop](size) if self.data.crop in boxes else None)
 
-    def _points(self, item: Item, image: Image.Image) -> np.ndarray:
-        if item.points is not None:
-            return item.points
-        if self.data.landmarks == "auto" or self.data.landmarks in BUILT_IN["landmarks"]:
+    def _points(self, job: _Job, image: Image.Image) -> np.ndarray | None:
+        """The landmarks, where something is done with them."""
+        if not self.crops_faces and not (self.draws_faces and "condition" in job.parts):
+            return None
+        if self.finds_points:
             return self.network("landmarks")(image)
-        raise DataError(f"has no landmarks in {shown(self.data.landmarks)}; add them or use another data.crop")
+        if job.item.points is None:
+            raise DataError(f"has no landmarks in {shown(self.data.landmarks)}; add them or leave the picture out")
+        return job.item.points
 
-    def _condition(
-        self, item: Item, frame: Frame, part: Image.Image, size: tuple[int, int]
-    ) -> tuple[Image.Image | Pose, int]:
-        """The condition at (width, height) `size`, and the highest class index of a label map."""
-        if not self.ready_made:
-            return self._extracted(item, frame, part), -1
-        if not item.labels:
-            raise DataError("no condition file has this name in the labels folder; add it or remove the photograph")
+    def _given(self, item: Item, frame: Frame, size: tuple[int, int]) -> tuple[Image.Image | Pose, int]:
+        """The ready-made condition at (width, height) `size`, and the highest class index of a label map."""
         if self.data.task == "pose":
             return self._given_pose(item, frame, size), -1
         if self.data.task == "edge":
@@ -264,12 +357,6 @@ class Maker:
             return image.resize(size, resample, box=_scaled(frame.box, frame.size, image.size))
         return frame.apply(image, fill, resample).resize(size, resample)
 
-    def _extracted(self, item: Item, frame: Frame, part: Image.Image) -> Image.Image | Pose:
-        network = self.network(self.data.task)
-        if getattr(network, "wants_points", False) and item.points is not None:
-            return network(part, self.data.size, points=frame.points(item.points, part.size))
-        return network(part, self.data.size)
-
     def _given_pose(self, item: Item, frame: Frame, size: tuple[int, int]) -> Pose:
         side = self.config.prepare.pose_canvas
         pose = read_pose(item.labels[0], (side, side) if side else frame.size)
@@ -287,6 +374,24 @@ class Maker:
                 f"is {frame.size[0]}x{frame.size[1]} px but {shown(item.labels[0])} is {size[0]}x{size[1]}; "
                 "they must have the same proportions"
             )
+
+
+def _each(jobs: list[_Job], step: Callable[[_Job], None]) -> None:
+    """Take `step` with every job that has not failed; what is wrong with one does not concern the others.
+
+    Raises:
+        OutputError: that concerns them all.
+    """
+    for job in jobs:
+        if job.error:
+            continue
+        try:
+            step(job)
+        except OutputError:
+            raise
+        except DataError as error:
+            name = shown(job.item.photo)
+            job.error = str(error) if name in str(error) else f"{name}: {error}"
 
 
 def _crop_record(frame: Frame, data: DataConfig) -> dict[str, Any]:

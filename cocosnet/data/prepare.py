@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
+import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +35,15 @@ from cocosnet.data.labels import find_palette, read_palette
 from cocosnet.data.making import CONDITIONS, FEATURES, IMAGES, STAMPS, Made, Maker, load_vector, without_status
 from cocosnet.data.pairs import Choice, check_pairs, choose, random_round
 from cocosnet.data.records import MANIFEST_NAME, Record, write_manifest
-from cocosnet.data.sources import find_items
-from cocosnet.errors import DataError
+from cocosnet.data.sources import check_landmarks, find_items
+from cocosnet.errors import CocosError, DataError
 from cocosnet.files import atomic_write
 
 SCHEMA = "cocosctl.dataset/1"
 DATASET_NAME, ERRORS_NAME = "dataset.json", "errors.jsonl"
 BYTES_A_PIXEL = {"image": 1.7, "edge": 0.45, "mask": 0.05}  # of the PNGs that we write, measured on photographs
 BYTES_A_POSE, BYTES_A_VECTOR, BYTES_A_STAMP = 900, 2200, 300
+PATIENCE = datetime.timedelta(days=1)  # how long a process waits for one that has more to do; of a dead one it hears
 
 
 def prepare(source: Path, output: Path, config: Config, **options: Any) -> Iterator[Record]:
@@ -61,7 +64,7 @@ def plan(
     device: str = "cpu",
     workers: int = 0,
 ) -> Preparation:
-    """What is to be done; nothing is written yet.
+    """What is to be done; nothing is written yet. Started by torchrun, what is wrong in one process is raised in all.
 
     Args:
         source: folder of photographs, laid out as config.prepare says.
@@ -80,10 +83,29 @@ def plan(
     """
     source, output = Path(source).absolute(), Path(output).absolute()
     labels = None if labels is None else Path(labels).absolute()
+    maker = functools.partial(_maker, source, output, config, labels, extractor, device, overwrite, limit)
+    if not _shared():
+        return Preparation(source, maker(), seed, workers)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=PATIENCE)
+    return Preparation(source, _agree(maker), seed, workers)
+
+
+def _maker(
+    source: Path,
+    output: Path,
+    config: Config,
+    labels: Path | None,
+    extractor: str,
+    device: str,
+    overwrite: bool,
+    limit: int | None,
+) -> Maker:
+    """What makes the items, after a look whether all that it takes is here."""
     check_pairs(config.prepare)
-    name = _extractor_name(config, extractor, labels)
-    maker = Maker([], output, config, name, device, overwrite)
-    for task in [config.data.task] * (not maker.ready_made) + ["features"] * maker.retrieves:
+    check_landmarks(config)
+    maker = Maker([], output, config, _extractor_name(config, extractor, labels), device, overwrite)
+    for task in maker.tasks():
         maker.network(task)  # what is missing is said before anything is written
     maker.items = find_items(source, output, config, labels, maker.ready_made)[:limit]
     if config.data.task == "mask" and config.prepare.kind == "colours":
@@ -91,7 +113,7 @@ def plan(
         maker.palette = (
             read_palette(given) if given else find_palette([path for item in maker.items for path in item.labels])
         )
-    return Preparation(source, maker, seed, workers)
+    return maker
 
 
 def _extractor_name(config: Config, name: str, labels: Path | None) -> str | None:
@@ -120,7 +142,7 @@ class Preparation:
         """Number of photographs."""
         return len(self.items)
 
-    def run(self) -> Iterator[Record]:
+    def run(self, made: Callable[[], None] = lambda: None) -> Iterator[Record]:
         """Make what is not up to date, yielding a record a photograph in order of their names.
 
         A record has absolute paths: condition, exemplar and exemplar_condition (another picture, already prepared;
@@ -129,17 +151,21 @@ class Preparation:
         skipped (was up to date) or error; an error stops nothing. Where pairs are random, a record comes as soon as it
         is made; otherwise when all are. The manifest and dataset.json are written when the last record was taken.
 
-        Started by torchrun, each process makes its share and the first one yields the records.
+        Started by torchrun, each process makes its share and the first one yields the records; what is wrong in one is
+        raised in all.
+
+        Args:
+            made: called for each photograph that is made, or found to be; long before its record, where that waits.
 
         Raises:
-            DataError: another run is at work on the folder, or it cannot be written.
+            DataError: another run is at work on the folder. OutputError: it cannot be written.
         """
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            yield from self._run_shared()
+        if _shared():
+            yield from self._run_shared(made)
             return
         with _only_one(self.output):
             _remove_leftovers(self.output)
-            yield from self._finish(self._make(self._order()))
+            yield from self._finish(self._make(self._order(), made))
 
     def todo(self) -> Iterator[tuple[Record, int]]:
         """A record a photograph (status ok: would be made; skipped: up to date; error) and the bytes that it takes."""
@@ -163,35 +189,49 @@ class Preparation:
         sizes = {"image": BYTES_A_PIXEL["image"] * pixels, "condition": condition, "feature": BYTES_A_VECTOR}
         return round(sum(sizes[part] for part in parts) + (BYTES_A_STAMP if parts else 0))
 
-    def _run_shared(self) -> Iterator[Record]:
+    def _run_shared(self, made: Callable[[], None]) -> Iterator[Record]:
         """As one of several processes: rank 0 holds the folder, all make, rank 0 pairs and yields."""
-        if not dist.is_initialized():
-            dist.init_process_group("gloo")
         rank, ranks = dist.get_rank(), dist.get_world_size()
-        with _only_one(self.output) if rank == 0 else contextlib.nullcontext():
-            if rank == 0:
-                _remove_leftovers(self.output)
-            dist.barrier()
-            mine = list(self._make(list(range(len(self.items)))[rank::ranks]))
-            everything: list[Any] = [None] * ranks
-            dist.all_gather_object(everything, mine)
+        with contextlib.ExitStack() as held:
+
+            def take_folder() -> None:
+                if rank == 0:
+                    held.enter_context(_only_one(self.output))
+                    _remove_leftovers(self.output)
+
+            _agree(take_folder)
+            step = lambda: [made() for _ in range(ranks)]  # noqa: E731  the others are about as far as this one
+            mine = _agree(lambda: list(self._make(range(len(self.items))[rank::ranks], step)))
+            shares: list[list[Made]] = [[] for _ in range(ranks)]
+            dist.all_gather_object(shares, mine)
             dist.destroy_process_group()
             if rank == 0:
-                yield from self._finish(made for share in everything for made in share)
+                yield from self._finish(iter([one for share in shares for one in share]))
 
     def _order(self) -> list[int]:
         """Positions in the order in which they are needed: each picture and then its exemplar."""
         return list(dict.fromkeys(index for first in range(len(self.items)) for index in (first, self.round[first])))
 
-    def _make(self, order: list[int]) -> Iterator[Made]:
+    def _make(self, order: Sequence[int], made: Callable[[], None]) -> Iterator[Made]:
         """Make the items at these positions, in this order."""
-        if self.workers == 0 or len(order) < 2:
-            return (self.maker[index] for index in order)
+        size = self.maker.batch
+        parts = [list(order[start : start + size]) for start in range(0, len(order), size)]
+        for answer in self._answers(parts):
+            if isinstance(answer, CocosError):
+                raise answer
+            for one in answer:
+                made()
+                yield one
+
+    def _answers(self, parts: list[list[int]]) -> Iterator[list[Made] | CocosError]:
+        """What is made of each part, here or in processes of their own."""
+        if self.workers == 0 or len(parts) < 2:
+            return (self.maker[part] for part in parts)
         loader = DataLoader(
-            self.maker,
+            _Elsewhere(self.maker),
             batch_size=None,
-            sampler=order,
-            num_workers=min(self.workers, len(order)),
+            sampler=parts,
+            num_workers=min(self.workers, len(parts)),
             collate_fn=_as_it_is,
             multiprocessing_context="spawn",  # a copy of a process with threads and networks may hang
         )
@@ -282,8 +322,47 @@ class Preparation:
         atomic_write(self.output / DATASET_NAME, json.dumps(summary, indent=1) + "\n")
 
 
-def _as_it_is(made: Made) -> Made:
-    return made
+@dataclasses.dataclass
+class _Elsewhere:
+    """A `Maker` in another process. Its errors come back as they are, without that process's traceback."""
+
+    maker: Maker
+
+    def __len__(self) -> int:
+        return len(self.maker)
+
+    def __getitem__(self, part: list[int]) -> list[Made] | CocosError:
+        try:
+            return self.maker[part]
+        except CocosError as error:
+            return error
+
+
+def _as_it_is(answer: list[Made] | CocosError) -> list[Made] | CocosError:
+    return answer
+
+
+def _shared() -> bool:
+    """Whether torchrun started several processes."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def _agree(work: Callable[[], Any]) -> Any:
+    """What `work` returns in this process, once it is done in all.
+
+    Raises, in every process, the error of the first in which it failed, so that none waits for another in vain.
+    """
+    failure, answer = None, None
+    try:
+        answer = work()
+    except CocosError as error:
+        failure = error
+    failures: list[CocosError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    for error in failures:
+        if error is not None:
+            raise error
+    return answer
 
 
 def _with_exemplar(record: Record, exemplar: Record) -> Record:

@@ -18,7 +18,7 @@ import yaml
 
 from cocosnet.config import Config, PrepareConfig, config_from_dict, merge_overrides
 from cocosnet.data.crop import load_landmarks
-from cocosnet.data.extractors import BUILT_IN
+from cocosnet.data.extractors import extractor_names, names_detector
 from cocosnet.data.images import SUFFIXES, find_images, shown
 from cocosnet.data.labels import PARTS, read_labels
 from cocosnet.errors import ConfigError, DataError
@@ -100,7 +100,7 @@ def find_items(source: Path, output: Path, config: Config, labels: Path | None, 
 
     Raises:
         DataError: no photographs, unreadable lists or landmarks, or no folder of labels.
-        ConfigError: crops around faces without landmarks, or an impossible pattern.
+        ConfigError: an impossible pattern.
     """
     root = photo_root(source, config.prepare)
     if ready_made and labels is None and config.prepare.labels == PrepareConfig().labels:
@@ -131,17 +131,18 @@ def _is_photo(path: Path, labels: Path | None, root: Path, settings: PrepareConf
     return path.name.endswith(settings.suffix) and (labels in (None, root) or labels not in path.parents)
 
 
-def _landmarks(config: Config) -> dict[str, np.ndarray]:
-    """Points by picture name, where the config names a file of them."""
-    name = config.data.landmarks
-    if name and name != "auto" and name not in BUILT_IN["landmarks"]:
-        return load_landmarks(name)
-    if config.data.crop in ("face", "align") and not name:
+def check_landmarks(config: Config) -> None:
+    """Raises ConfigError where crops around faces are wanted and nothing says where the faces are."""
+    if config.data.crop in ("face", "align") and not config.data.landmarks:
         raise ConfigError(
             f"data.crop={config.data.crop} needs data.landmarks: a JSON file of 68 points a picture, or a detector "
-            f"({', '.join(BUILT_IN['landmarks'])})"
+            f"({', '.join(extractor_names('landmarks'))})"
         )
-    return {}
+
+
+def _landmarks(config: Config) -> dict[str, np.ndarray]:
+    """Points by picture name, where the config names a file of them."""
+    return {} if names_detector(config.data.landmarks) else load_landmarks(config.data.landmarks)
 
 
 def _finder(source: Path, root: Path, labels: Path | None, config: Config) -> Any:

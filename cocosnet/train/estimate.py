@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from cocosnet.config import Config
 from cocosnet.losses.perceptual import SHAPES, Vgg
+from cocosnet.precision import pick_precision
 from cocosnet.train.batches import Batch
-from cocosnet.train.networks import Networks, build_networks, pick_precision, speed_up
+from cocosnet.train.networks import Networks, build_networks, speed_up
 from cocosnet.train.steps import discriminator_step, generator_step
 
 CPU_SIZE = 128  # px, side of the picture that is tried on a CPU; a GPU tries the config's own size

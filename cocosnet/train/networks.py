@@ -109,20 +109,6 @@ def power_iteration(network: nn.Module) -> None:
         norm.eval()
 
 
-def pick_precision(precision: str, device: torch.device) -> torch.dtype:
-    """`train.precision` as a type: auto is bfloat16 where the device multiplies it natively, float32 elsewhere."""
-    if precision == "auto":
-        return torch.bfloat16 if _quick_bf16(device) else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-
-
-def _quick_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private, and absent from some versions
-    return device.type == "cpu" and supported is not None and bool(supported())
-
-
 def speed_up(networks: Networks, *, checkpointing: bool = False, compiled: bool = False) -> None:
     """Trade memory for time, or the time of the first steps for that of all others; no number changes but for rounding.
 

@@ -27,10 +27,11 @@ from cocosnet.data.images import save_image, to_image
 from cocosnet.errors import CheckpointError, CocosError, ConfigError, Stopped
 from cocosnet.files import atomic_path, atomic_write
 from cocosnet.model.cocosnet import Output
+from cocosnet.precision import pick_precision
 from cocosnet.train.batches import Batch, StepBatches, make_sample, stack, step_generator
 from cocosnet.train.distributed import Ranks
 from cocosnet.train.ema import Ema
-from cocosnet.train.networks import build_networks, pick_precision, speed_up
+from cocosnet.train.networks import build_networks, speed_up
 from cocosnet.train.runlog import Averages, RunLog, TensorBoard, memory_mib
 from cocosnet.train.samples import sample_grid
 from cocosnet.train.state import has_state, load_state, newest_state, prune, random_state, save_state, set_random_state

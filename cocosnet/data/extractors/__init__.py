@@ -7,18 +7,17 @@ factory returns is an `Extractor`.
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 
+from cocosnet.config import DataConfig
 from cocosnet.data.images import resize_shorter
 from cocosnet.data.pose import Pose
 from cocosnet.doors import doors, open_door
@@ -65,6 +64,9 @@ class Extractor(Protocol):
     picture of mode L (white edges on black); a `Pose`; 68,2 landmarks in px; or a vector of float32. Edges and poses
     are those of the picture with a shorter side of `size` px (None: its own). A call raises DataError where there is
     nothing to be found in the picture.
+
+    An extractor that is quicker with several pictures at once also has `many(images, size, batch)`: the list of what
+    a call answers to each, whose numbers depend on `batch` but not on how many pictures there are, nor on which.
     """
 
     name: str
@@ -80,7 +82,7 @@ class EdgeExtractor:
     """Edges by a network or a filter: call it with a picture."""
 
     name: str
-    network: Callable[[Image.Image], torch.Tensor]  # RGB picture -> edges H,W float32 in [0,1]
+    network: Callable[[Sequence[Image.Image]], Sequence[torch.Tensor]]  # RGB, of one size -> edges H,W float32 in [0,1]
     provenance: dict[str, Any] = field(default_factory=dict)
     task = "edge"
 
@@ -91,10 +93,14 @@ class EdgeExtractor:
             size: shorter side of the answer in px, by default the picture's own. The network sees the picture with a
                 shorter side of max(size, WORK_SIDE), so give the big picture rather than one already reduced.
         """
-        wanted = image.size if size is None else resize_shorter(image, size).size
-        seen = resize_shorter(image, max(min(wanted), WORK_SIDE))
-        edges = Image.fromarray((self.network(seen) * 255).round().byte().numpy())
-        return edges if edges.size == wanted else edges.resize(wanted, Image.Resampling.BILINEAR)
+        return self.many([image], size, 1)[0]
+
+    def many(self, images: Sequence[Image.Image], size: int | None, batch: int) -> list[Image.Image]:
+        """Edges of several pictures, of which those that the network sees at one size go through it `batch` at once."""
+        wanted = [image.size if size is None else resize_shorter(image, size).size for image in images]
+        seen = [resize_shorter(image, max(min(goal), WORK_SIDE)) for image, goal in zip(images, wanted)]
+        found = [Image.fromarray((e * 255).round().byte().numpy()) for e in in_batches(self.network, seen, batch)]
+        return [e if e.size == goal else e.resize(goal, Image.Resampling.BILINEAR) for e, goal in zip(found, wanted)]
 
 
 @dataclass(frozen=True)
@@ -116,9 +122,52 @@ class PoseExtractor:
         return pose if size is None else pose.resize(resize_shorter(image, size).size)
 
 
+def in_batches(network: Callable, images: Sequence[Image.Image], batch: int) -> list[Any]:
+    """What `network` answers to each picture, given `batch` pictures of one size at a time.
+
+    The last batch of a size is filled up with copies of its last picture. So the network always sees the same shapes,
+    and what it finds in a picture does not depend on which others were there.
+    """
+    answers: list[Any] = [None] * len(images)
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for place, image in enumerate(images):
+        by_size.setdefault(image.size, []).append(place)
+    for places in by_size.values():
+        for start in range(0, len(places), batch):
+            some = places[start : start + batch]
+            full = some + some[-1:] * (batch - len(some))
+            for place, answer in zip(some, network([images[i] for i in full])):
+                answers[place] = answer
+    return answers
+
+
+def when_needed(load: Callable[[], Callable]) -> Callable:
+    """What `load` returns, loaded at its first call: where everything is up to date no network is loaded at all."""
+    loaded = functools.cache(load)
+    return lambda *arguments: loaded()(*arguments)
+
+
+def condition_extractor(data: DataConfig, device: str | torch.device = "cpu") -> Extractor:
+    """What finds the conditions of a model in photographs, as its training had them; for ready-made poses any detector.
+
+    Raises:
+        ConfigError: a model of label maps, which nothing here can find. Otherwise as `get_extractor`.
+    """
+    if data.task == "mask":
+        raise ConfigError("label maps cannot be found in photographs; give them as files")
+    if data.task == "pose":
+        return get_extractor("auto" if data.poses == "openpose" else data.poses, device, "pose")
+    return get_extractor(data.edges, device)
+
+
 def extractor_names(task: str) -> list[str]:
     """Built-in names for `task`, and all names of other packages, whose task only their code knows; imports nothing."""
     return sorted(_table(task))
+
+
+def names_detector(name: str) -> bool:
+    """Whether data.landmarks names a detector, as `auto` and nothing at all do, rather than a file of points."""
+    return name in ("", "auto") or name in _table("landmarks")
 
 
 def resolve_name(name: str, task: str = "edge") -> str:
@@ -177,17 +226,3 @@ def _first_installed(task: str) -> str:
         "poses need a detector: pip install 'cocosctl[pose]' (mediapipe), or rtmlib, or controlnet_aux; ready-made "
         "OpenPose files are read with --labels DIR"
     )
-
-
-def sha256_of(path: Path) -> str:
-    """Hash of a file's content, as provenance states it."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def require(module: str, extra: str) -> Any:
-    """Import an optional package. Raises MissingDependency with the way to install it."""
-    try:
-        return importlib.import_module(module)
-    except Exception as error:  # broken installations raise all sorts of things
-        raise MissingDependency(f"{module} does not load ({error}); pip install '{extra}'") from error

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 from PIL import Image
 
-from cocosnet.data.extractors import WORK_SIDE, EdgeExtractor, require, sha256_of
-from cocosnet.weights import find_weights, packed_file
+from cocosnet.data.extractors import WORK_SIDE, EdgeExtractor, when_needed
+from cocosnet.data.extractors.packages import require
+from cocosnet.precision import pick_precision
+from cocosnet.weights import find_weights, packed_file, sha256_of
 
 CANNY_SIGMA = 1.5  # px at the size at which edges are looked for
 
@@ -15,18 +19,21 @@ CANNY_SIGMA = 1.5  # px at the size at which edges are looked for
 def hed(device: torch.device) -> EdgeExtractor:
     """HED with its BSDS500 weights. Raises MissingWeights and CheckpointError as `find_weights` and `load_hed` do."""
     from cocosnet.data.extractors.hed import BORDER, hed_edges, load_hed
-    from cocosnet.train.networks import pick_precision
 
     path = find_weights("hed")
-    network = load_hed(path).to(device, memory_format=torch.channels_last)
     precision = pick_precision("auto", device)  # bf16 halves the time and moves an edge by 0.001 on average
 
-    def edges(image: Image.Image) -> torch.Tensor:
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            return hed_edges(network, image)
+    def load() -> Callable:
+        network = load_hed(path).to(device, memory_format=torch.channels_last)
+
+        def edges(images: Sequence[Image.Image]) -> torch.Tensor:
+            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                return hed_edges(network, images)
+
+        return edges
 
     made_by = {"network": "hed", "sha256": sha256_of(path), "work_side": WORK_SIDE, "border": BORDER}
-    return EdgeExtractor("hed", edges, made_by | {"precision": str(precision).removeprefix("torch.")})
+    return EdgeExtractor("hed", when_needed(load), made_by | {"precision": str(precision).removeprefix("torch.")})
 
 
 def hed_small(device: torch.device) -> EdgeExtractor:
@@ -34,12 +41,13 @@ def hed_small(device: torch.device) -> EdgeExtractor:
     from cocosnet.data.extractors.hed_small import FILENAME, hed_small_edges, load_hed_small
 
     path = packed_file(FILENAME)
-    network = load_hed_small(path).to(device)
-    return EdgeExtractor(
-        "hed-small",
-        lambda image: hed_small_edges(network, image),
-        {"network": "hed-small", "sha256": sha256_of(path), "work_side": WORK_SIDE},
-    )
+
+    def load() -> Callable:
+        network = load_hed_small(path).to(device)
+        return lambda images: hed_small_edges(network, images)
+
+    made_by = {"network": "hed-small", "sha256": sha256_of(path), "work_side": WORK_SIDE}
+    return EdgeExtractor("hed-small", when_needed(load), made_by)
 
 
 def canny(device: torch.device) -> EdgeExtractor:
@@ -51,7 +59,8 @@ def canny(device: torch.device) -> EdgeExtractor:
         grey = np.asarray(image.convert("L")).astype(np.float32) / 255
         return torch.from_numpy(find(grey, sigma=CANNY_SIGMA).astype(np.float32))
 
-    return EdgeExtractor("canny", edges, {"network": "canny", "sigma": CANNY_SIGMA, "work_side": WORK_SIDE})
+    made_by = {"network": "canny", "sigma": CANNY_SIGMA, "work_side": WORK_SIDE}
+    return EdgeExtractor("canny", lambda images: [edges(image) for image in images], made_by)
 
 
 def image(device: torch.device) -> EdgeExtractor:
@@ -60,4 +69,4 @@ def image(device: torch.device) -> EdgeExtractor:
     def edges(picture: Image.Image) -> torch.Tensor:
         return torch.from_numpy(np.array(picture.convert("L"))).float() / 255
 
-    return EdgeExtractor("image", edges, {"network": "image"})
+    return EdgeExtractor("image", lambda images: [edges(image) for image in images], {"network": "image"})

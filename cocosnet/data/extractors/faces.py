@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -44,8 +45,15 @@ class FaceEdges:
     def __call__(self, image: Image.Image, size: int | None = None, points: np.ndarray | None = None) -> Image.Image:
         """Edges as mode L. `points`: 68,2 landmarks in px of `image`. Raises DataError where there is no face."""
         points = self.detector(image) if points is None else points
-        edges = self.base(image, size)
-        return draw_face(edges, points * (np.array(edges.size) / np.array(image.size)))
+        return self.many([image], size, 1, [points])[0]
+
+    def many(
+        self, images: Sequence[Image.Image], size: int | None, batch: int, points: Sequence[np.ndarray]
+    ) -> list[Image.Image]:
+        """Edges of several pictures, of which `batch` go through the network at once; `points` of each as in a call."""
+        found = self.base.many(images, size, batch)
+        scales = [np.array(edges.size) / np.array(image.size) for edges, image in zip(found, images)]
+        return [draw_face(edges, face * scale) for edges, face, scale in zip(found, points, scales)]
 
 
 def hed_face(device: torch.device) -> FaceEdges:

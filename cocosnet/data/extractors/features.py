@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from cocosnet.data.extractors import in_batches, when_needed
 from cocosnet.data.images import to_tensor
 from cocosnet.losses.perceptual import SHAPES, load_perceptual
-from cocosnet.weights import find_weights
+from cocosnet.weights import find_weights, sha256_of
 
 SIDE = 224  # px; pictures are squeezed to this square, the size at which VGG was trained
 
@@ -22,14 +23,23 @@ class FeatureExtractor:
     """A picture's place in a network's feature space: call it with a picture."""
 
     name: str
-    network: Callable[[Image.Image], np.ndarray]
+    network: Callable[[Sequence[Image.Image]], np.ndarray]  # RGB, of one size -> B,C float32
     provenance: dict[str, Any] = field(default_factory=dict)
     task = "features"
 
     def __call__(self, image: Image.Image, size: int | None = None) -> np.ndarray:
         """A float32 vector of length 1: the dot product of two is their cosine."""
-        vector = self.network(image).astype(np.float64)
-        return (vector / max(np.linalg.norm(vector), 1e-12)).astype(np.float32)
+        return self.many([image], size, 1)[0]
+
+    def many(self, images: Sequence[Image.Image], size: int | None, batch: int) -> list[np.ndarray]:
+        """The vectors of several pictures, `batch` of which go through the network at once."""
+        squares = [image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR) for image in images]
+        return [_unit(vector) for vector in in_batches(self.network, squares, batch)]
+
+
+def _unit(vector: np.ndarray) -> np.ndarray:
+    vector = vector.astype(np.float64)
+    return (vector / max(np.linalg.norm(vector), 1e-12)).astype(np.float32)
 
 
 def vgg19(device: torch.device) -> FeatureExtractor:
@@ -43,16 +53,18 @@ def vgg16_caffe(device: torch.device) -> FeatureExtractor:
 
 
 def _vgg(name: str, device: torch.device) -> FeatureExtractor:
-    from cocosnet.data.extractors import sha256_of
+    path, layer = find_weights(name), f"relu5_{SHAPES[name].counts[-1]}"
 
-    network = load_perceptual(name, device)
-    layer = f"relu5_{SHAPES[name].counts[-1]}"
+    def load() -> Callable:
+        network = load_perceptual(name, device)
 
-    def features(image: Image.Image) -> np.ndarray:
-        square = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-        with torch.inference_mode():
-            maps = network(to_tensor(square)[None].to(device), [layer])[layer]
-            return torch.nn.functional.max_pool2d(maps, 2).mean(dim=(2, 3))[0].cpu().numpy()
+        def features(images: Sequence[Image.Image]) -> np.ndarray:
+            batch = torch.stack([to_tensor(image) for image in images]).to(device)
+            with torch.inference_mode():
+                maps = network(batch, [layer])[layer]
+                return torch.nn.functional.max_pool2d(maps, 2).mean(dim=(2, 3)).cpu().numpy()
 
-    provenance = {"network": name, "sha256": sha256_of(find_weights(name)), "layer": f"{layer}, pooled", "side": SIDE}
-    return FeatureExtractor(name, features, provenance)
+        return features
+
+    provenance = {"network": name, "sha256": sha256_of(path), "layer": f"{layer}, pooled", "side": SIDE}
+    return FeatureExtractor(name, when_needed(load), provenance)

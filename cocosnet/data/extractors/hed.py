@@ -6,6 +6,7 @@ Module names are those of the public PyTorch port's weights, so that its file lo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -76,12 +77,12 @@ def bgr_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))[..., ::-1].copy()).permute(2, 0, 1)[None].float()
 
 
-def hed_edges(network: HED, image: Image.Image) -> Tensor:
-    """Fused edge probability of a picture, H,W float32 in [0,1] on the CPU.
+def hed_edges(network: HED, images: Sequence[Image.Image]) -> Tensor:
+    """Fused edge probability of pictures of one size, B,H,W float32 in [0,1] on the CPU.
 
-    The picture is continued by BORDER px of its edge pixels, since HED's zero padding draws a frame of false edges.
+    A picture is continued by BORDER px of its edge pixels, since HED's zero padding draws a frame of false edges.
     """
-    bgr = bgr_tensor(image).to(next(network.parameters()).device)
+    bgr = torch.cat([bgr_tensor(image) for image in images]).to(next(network.parameters()).device)
     with torch.inference_mode():
         edges = network(F.pad(bgr, [BORDER] * 4, mode="replicate"))
-    return edges[0, 0, BORDER:-BORDER, BORDER:-BORDER].float().cpu()
+    return edges[:, 0, BORDER:-BORDER, BORDER:-BORDER].float().cpu()

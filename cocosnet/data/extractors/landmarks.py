@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from cocosnet.data.extractors import require
+from cocosnet.data.extractors import when_needed
+from cocosnet.data.extractors.packages import mediapipe_process, package_version, require
 from cocosnet.errors import DataError
+from cocosnet.weights import sha256_of
 
 FROM_FACE_MESH = (  # MediaPipe's 468 points at the places of the 68
     *(162, 234, 93, 58, 172, 136, 149, 148, 152, 377, 378, 365, 397, 288, 323, 454, 389),
@@ -41,25 +45,25 @@ class LandmarkDetector:
 def dlib_landmarks(device: torch.device) -> LandmarkDetector:
     """dlib's detector and shape predictor, whose model face_recognition_models ships. Raises MissingDependency."""
     dlib = require("dlib", "cocosctl[faces]")
-    models = _models_folder()
-    detector = dlib.get_frontal_face_detector()
-    predictor = dlib.shape_predictor(str(models / "shape_predictor_68_face_landmarks.dat"))
+    path = _models_folder() / "shape_predictor_68_face_landmarks.dat"
 
-    def detect(pixels: np.ndarray) -> np.ndarray | None:
-        boxes = detector(pixels, 1)
-        if not boxes:
-            return None
-        shape = predictor(pixels, max(boxes, key=lambda box: box.area()))
-        return np.array([[point.x, point.y] for point in shape.parts()], np.float64)
+    def load() -> Callable:
+        detector, predictor = dlib.get_frontal_face_detector(), dlib.shape_predictor(str(path))
 
-    return LandmarkDetector("dlib", detect, {"network": "dlib-68"})
+        def detect(pixels: np.ndarray) -> np.ndarray | None:
+            boxes = detector(pixels, 1)
+            if not boxes:
+                return None
+            shape = predictor(pixels, max(boxes, key=lambda box: box.area()))
+            return np.array([[point.x, point.y] for point in shape.parts()], np.float64)
+
+        return detect
+
+    return LandmarkDetector("dlib", when_needed(load), {"network": "dlib-68", "sha256": sha256_of(path)})
 
 
-def _models_folder() -> Any:
+def _models_folder() -> Path:
     """Where face_recognition_models keeps its files, found without importing it (it needs setuptools)."""
-    from importlib.util import find_spec
-    from pathlib import Path
-
     spec = find_spec("face_recognition_models")
     if spec is None:
         require("face_recognition_models", "cocosctl[faces]")
@@ -69,13 +73,19 @@ def _models_folder() -> Any:
 def mediapipe_landmarks(device: torch.device) -> LandmarkDetector:
     """MediaPipe's face mesh at the places of the 68 points. Raises MissingDependency."""
     mesh = require("mediapipe.python.solutions.face_mesh", "cocosctl[pose]")
-    network = mesh.FaceMesh(static_image_mode=True, max_num_faces=1, min_detection_confidence=0.3)
 
-    def detect(pixels: np.ndarray) -> np.ndarray | None:
-        faces = network.process(pixels).multi_face_landmarks
-        if not faces:
-            return None
-        points = np.array([[mark.x, mark.y] for mark in faces[0].landmark], np.float64)
-        return points[list(FROM_FACE_MESH)] * (pixels.shape[1], pixels.shape[0])
+    def load() -> Callable:
+        options = {"static_image_mode": True, "max_num_faces": 1, "min_detection_confidence": 0.3}
+        process = mediapipe_process(lambda: mesh.FaceMesh(**options))
 
-    return LandmarkDetector("mediapipe-face", detect, {"network": "mediapipe-face-mesh"})
+        def detect(pixels: np.ndarray) -> np.ndarray | None:
+            faces = process(pixels).multi_face_landmarks
+            if not faces:
+                return None
+            points = np.array([[mark.x, mark.y] for mark in faces[0].landmark], np.float64)
+            return points[list(FROM_FACE_MESH)] * (pixels.shape[1], pixels.shape[0])
+
+        return detect
+
+    made_by = {"network": "mediapipe-face-mesh", "version": package_version("mediapipe")}
+    return LandmarkDetector("mediapipe-face", when_needed(load), made_by)

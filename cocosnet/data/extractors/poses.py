@@ -6,20 +6,22 @@ Each is an optional package, imported when it is asked for.
 from __future__ import annotations
 
 import os
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import torch
 
-from cocosnet.data.extractors import PoseExtractor, require, sha256_of
+from cocosnet.data.extractors import PoseExtractor, when_needed
+from cocosnet.data.extractors.packages import mediapipe_process, package_version, require
 from cocosnet.data.pose import FROM_COCO_17, FROM_MEDIAPIPE, JOINTS, reorder
-from cocosnet.errors import DataError, MissingWeights
-from cocosnet.weights import search_folders
+from cocosnet.errors import CheckpointError, DataError, MissingWeights
+from cocosnet.weights import search_folders, sha256_of
 
 VISIBLE = 0.5  # MediaPipe's visibility below which a joint is guessed rather than seen
 SCORED = 0.3  # RTMPose's score below which its authors do not draw a joint
+RTM_MODE = "balanced"  # of rtmlib: YOLOX-m finds people, RTMPose-m their joints
 CONTROLNET_FILE = "body_pose_model.pth"
 
 
@@ -35,15 +37,21 @@ def openpose_files(device: torch.device) -> PoseExtractor:
 def mediapipe(device: torch.device) -> PoseExtractor:
     """MediaPipe's BlazePose (full model), the most prominent person, on the CPU. Raises MissingDependency."""
     pose = require("mediapipe.python.solutions.pose", "cocosctl[pose]")
-    network = pose.Pose(static_image_mode=True, model_complexity=1, min_detection_confidence=0.3)
 
-    def detect(pixels: np.ndarray) -> np.ndarray:
-        found = network.process(np.ascontiguousarray(pixels)).pose_landmarks
-        if found is None:
-            return np.zeros((0, JOINTS, 3), np.float32)
-        return from_mediapipe(found.landmark, pixels.shape[1], pixels.shape[0])
+    def load() -> Callable:
+        options = {"static_image_mode": True, "model_complexity": 1, "min_detection_confidence": 0.3}
+        process = mediapipe_process(lambda: pose.Pose(**options))
 
-    return PoseExtractor("mediapipe", detect, {"network": "mediapipe-pose", "version": _version("mediapipe")})
+        def detect(pixels: np.ndarray) -> np.ndarray:
+            found = process(pixels).pose_landmarks
+            if found is None:
+                return np.zeros((0, JOINTS, 3), np.float32)
+            return from_mediapipe(found.landmark, pixels.shape[1], pixels.shape[0])
+
+        return detect
+
+    made_by = {"network": "mediapipe-pose", "version": package_version("mediapipe")}
+    return PoseExtractor("mediapipe", when_needed(load), made_by)
 
 
 def from_mediapipe(landmarks: Any, width: int, height: int) -> np.ndarray:
@@ -57,16 +65,40 @@ def from_mediapipe(landmarks: Any, width: int, height: int) -> np.ndarray:
 def rtmlib(device: torch.device) -> PoseExtractor:
     """RTMPose through rtmlib, everyone in the picture. Raises MissingDependency, or MissingWeights when offline."""
     package = require("rtmlib", "rtmlib onnxruntime")
-    cache = Path(os.environ.get("TORCH_HOME", "~/.cache/rtmlib")).expanduser() / "hub" / "checkpoints"
-    if os.environ.get("COCOSCTL_OFFLINE") == "1" and not any(cache.glob("*.onnx")):
-        raise MissingWeights(f"rtmlib fetches its weights itself, but COCOSCTL_OFFLINE=1; put them into {cache}")
+    require("onnxruntime", "rtmlib onnxruntime")
+    files = _rtm_files(package.Body.MODE[RTM_MODE])
+    missing = [path.name for path in files if not path.is_file()]
+    if missing and os.environ.get("COCOSCTL_OFFLINE") == "1":
+        raise MissingWeights(
+            f"rtmlib fetches its weights itself, but COCOSCTL_OFFLINE=1; put {' and '.join(missing)} "
+            f"(the end2end.onnx of its archives, renamed) into {files[0].parent}"
+        )
+    if missing:
+        _rtm_body(package, device)  # fetches them
+    made_by = {"network": "rtmpose", "version": package_version("rtmlib"), "mode": RTM_MODE}
+    made_by |= {"detector_sha256": sha256_of(files[0]), "sha256": sha256_of(files[1])}
+
+    def load() -> Callable:
+        network = _rtm_body(package, device)
+        return lambda pixels: from_coco_17(*network(np.ascontiguousarray(pixels[..., ::-1])))
+
+    return PoseExtractor("rtmlib", when_needed(load), made_by)
+
+
+def _rtm_files(mode: dict[str, Any]) -> list[Path]:
+    """Where rtmlib keeps the detector of people and the one of joints that a mode of its names by URL."""
+    cache = os.environ.get("TORCH_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "rtmlib")
+    folder = Path(cache).expanduser() / "hub" / "checkpoints"
+    return [folder / f"{PurePosixPath(mode[part]).name.partition('.')[0]}.onnx" for part in ("det", "pose")]
+
+
+def _rtm_body(package: Any, device: torch.device) -> Any:
     kind = "cuda" if device.type == "cuda" else "cpu"
-    network = package.Body(mode="balanced", backend="onnxruntime", device=kind)
-
-    def detect(pixels: np.ndarray) -> np.ndarray:
-        return from_coco_17(*network(np.ascontiguousarray(pixels[..., ::-1])))
-
-    return PoseExtractor("rtmlib", detect, {"network": "rtmpose", "version": _version("rtmlib"), "mode": "balanced"})
+    try:
+        return package.Body(mode=RTM_MODE, backend="onnxruntime", device=kind)
+    except Exception as error:  # a download, an archive or ONNX Runtime may fail in any way
+        reason = " ".join(str(error).split())[:160]
+        raise MissingWeights(f"rtmlib cannot load its weights ({reason}); remove damaged ones, try again") from error
 
 
 def from_coco_17(keypoints: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -86,12 +118,17 @@ def controlnet(device: torch.device) -> PoseExtractor:
             f"controlnet needs {CONTROLNET_FILE} (huggingface.co/lllyasviel/Annotators); "
             f"put it at {search_folders()[0] / CONTROLNET_FILE}"
         )
-    network = body.Body(str(path))
 
-    def detect(pixels: np.ndarray) -> np.ndarray:
-        return from_candidates(*network(np.ascontiguousarray(pixels[..., ::-1])))
+    def load() -> Callable:
+        try:
+            network = body.Body(str(path)).to(device)
+        except Exception as error:  # unpickling and shape errors share no base class
+            reason = " ".join(str(error).split())[:160]
+            raise CheckpointError(f"{path}: not OpenPose's body network ({reason}); get the file again") from error
+        return lambda pixels: from_candidates(*network(np.ascontiguousarray(pixels[..., ::-1])))
 
-    return PoseExtractor("controlnet", detect, {"network": "openpose", "sha256": sha256_of(path)})
+    made_by = {"network": "openpose", "sha256": sha256_of(path), "version": package_version("controlnet_aux")}
+    return PoseExtractor("controlnet", when_needed(load), made_by)
 
 
 def from_candidates(candidates: np.ndarray, subset: np.ndarray) -> np.ndarray:
@@ -107,10 +144,3 @@ def from_candidates(candidates: np.ndarray, subset: np.ndarray) -> np.ndarray:
 def _without_half_necks(people: np.ndarray) -> np.ndarray:
     """Joints without confidence lie at 0, 0; a neck between a seen and an unseen shoulder is not seen either."""
     return np.where(people[..., 2:] > 0, people, 0).astype(np.float32)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"

@@ -58,7 +58,7 @@ def make_pairs(photos: Sequence[Path], hed: HED, seed: int) -> tuple[np.ndarray,
         crop = _random_crop(load_rgb(photo), np.random.default_rng([seed, index]))
         pictures[index] = np.asarray(crop)
         with torch.autocast("cpu", torch.bfloat16):  # differs from fp32 by 0.0007 on average, in half the time
-            edges[index] = (hed_edges(hed, crop).numpy() * 255 + 0.5).astype(np.uint8)
+            edges[index] = (hed_edges(hed, [crop])[0].numpy() * 255 + 0.5).astype(np.uint8)
         if index % 100 == 0:
             log.info("HED: %d of %d pictures", index, len(photos))
     return pictures, edges

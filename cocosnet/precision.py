@@ -1,0 +1,19 @@
+"""In which type a device multiplies quickest."""
+
+from __future__ import annotations
+
+import torch
+
+
+def pick_precision(precision: str, device: torch.device) -> torch.dtype:
+    """`auto`, `fp32` or `bf16` as a type: auto is bfloat16 where the device multiplies it natively, else float32."""
+    if precision == "auto":
+        return torch.bfloat16 if _quick_bf16(device) else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def _quick_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private, and absent from some versions
+    return device.type == "cpu" and supported is not None and bool(supported())
