@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,10 +13,11 @@ import typer
 from typer import Argument, Option
 
 from cocosctl import options
-from cocosctl.exits import ExitCode
+from cocosctl.exits import ExitCode, exit_code_of
 from cocosctl.jobs import finish
 from cocosctl.output import Output
 from cocosnet.config import Config
+from cocosnet.errors import CocosError
 
 if TYPE_CHECKING:
     from cocosnet.data.prepare import Preparation
@@ -70,12 +74,46 @@ def prepare(
         raise typer.BadParameter("say where to write the prepared dataset", param_hint="--output")
     config = _config(recipe, task, {"size": size}, pairs, overrides or [])
     out.detail(f"{config.data} {config.prepare}")
+    with _first_process_speaks():
+        preparation = _plan(source, output, config, limit, overwrite, labels, extractor, seed, device, workers)
+        if dry_run:
+            _foretell(preparation, out)
+        else:
+            _run(preparation, out)
 
+
+@contextlib.contextmanager
+def _first_process_speaks() -> Iterator[None]:
+    """Under torchrun an error is raised in all processes; the others only exit with its code."""
+    try:
+        yield
+    except CocosError as error:
+        if not _speaks():
+            raise typer.Exit(exit_code_of(error)) from error
+        raise
+
+
+def _speaks() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _plan(
+    source: Path,
+    output: Path,
+    config: Config,
+    limit: int | None,
+    overwrite: bool,
+    labels: Path | None,
+    extractor: str | None,
+    seed: int | None,
+    device: str,
+    workers: int | None,
+) -> Preparation:
     from cocosnet.checkpoint import resolve_device
     from cocosnet.data.prepare import plan
     from cocosnet.train.distributed import own_device
 
-    preparation = plan(
+    return plan(
         source,
         output,
         config,
@@ -87,10 +125,6 @@ def prepare(
         device=str(own_device(resolve_device(device))),
         workers=workers or 0,
     )
-    if dry_run:
-        _foretell(preparation, out)
-    else:
-        _run(preparation, out)
 
 
 def _config(
@@ -122,6 +156,8 @@ def _run(preparation: Preparation, out: Output) -> None:
 
 def _foretell(preparation: Preparation, out: Output) -> None:
     """What a run would do, and how much it would write."""
+    if not _speaks():
+        return
     total, done = 0, []
     for record, size in preparation.todo():
         out.record(record, role="target")

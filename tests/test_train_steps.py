@@ -13,9 +13,9 @@ from cocosnet.data.dataset import PairDataset
 from cocosnet.errors import DataError
 from cocosnet.losses.perceptual import load_perceptual
 from cocosnet.losses.total import loss_weights, total_loss
+from cocosnet.precision import pick_precision
 from cocosnet.train.batches import StepBatches, make_sample, step_generator
 from cocosnet.train.ema import Ema
-from cocosnet.precision import pick_precision
 from cocosnet.train.networks import build_networks
 from cocosnet.train.steps import Stepping, discriminator_step, generator_losses, generator_step, warp_psnr
 

@@ -5,6 +5,8 @@ Each is an optional package, imported when it is asked for.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -93,9 +95,10 @@ def _rtm_files(mode: dict[str, Any]) -> list[Path]:
 
 
 def _rtm_body(package: Any, device: torch.device) -> Any:
-    kind = "cuda" if device.type == "cuda" else "cpu"
+    kind = str(device) if device.type == "cuda" else "cpu"
     try:
-        return package.Body(mode=RTM_MODE, backend="onnxruntime", device=kind)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it loads, where records belong
+            return package.Body(mode=RTM_MODE, backend="onnxruntime", device=kind)
     except Exception as error:  # a download, an archive or ONNX Runtime may fail in any way
         reason = " ".join(str(error).split())[:160]
         raise MissingWeights(f"rtmlib cannot load its weights ({reason}); remove damaged ones, try again") from error
