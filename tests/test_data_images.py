@@ -64,8 +64,8 @@ def test_truncated_png(tmp_path: Path, photo: Path) -> None:
 
 
 def test_missing_and_folder(tmp_path: Path) -> None:
-    for path in (tmp_path / "absent.png", tmp_path):
-        with pytest.raises(DataError, match="no such file"):
+    for path, said in ((tmp_path / "absent.png", "no such file"), (tmp_path, "a folder, no file")):
+        with pytest.raises(DataError, match=said):
             load_rgb(path)
 
 

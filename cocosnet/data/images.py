@@ -117,6 +117,8 @@ def _decode(path: str | Path, shorter: int | None) -> Image.Image:
         return _decode_unchecked(path, shorter)
     except (DataError, MemoryError):
         raise
+    except PermissionError as error:
+        raise DataError(f"{shown(path)}: cannot read this file; check its permissions") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{shown(path)}: too big (over {MAX_PIXELS:,} pixels); reduce the picture first") from error
     except Exception as error:  # on damaged files Pillow's decoders raise nearly every built-in exception
@@ -134,9 +136,9 @@ def _check_file(path: str | Path) -> None:
         reason = "no such file; check the path" if isinstance(error, FileNotFoundError) else f"{error.strerror}"
         raise DataError(f"{shown(path)}: {reason}") from error
     if stat.S_ISDIR(state.st_mode):
-        raise DataError(f"{shown(path)}: no such file, but a folder; {UNLISTED}")
+        raise DataError(f"{shown(path)}: a folder, no file; {UNLISTED}")
     if not stat.S_ISREG(state.st_mode):
-        raise DataError(f"{shown(path)}: no such file, but a pipe, socket or device; remove it")
+        raise DataError(f"{shown(path)}: a pipe, socket or device, no file; remove it")
     if state.st_size == 0:
         raise DataError(f"{shown(path)}: the file is empty; copy it again or remove it")
 

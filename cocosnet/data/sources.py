@@ -276,7 +276,7 @@ def make_ids(names: list[str]) -> list[str]:
 
     Ids are unique, also where upper and lower case are one, and are safe as file names.
     """
-    stems = [name.rpartition(".")[0] for name in names]
+    stems = [name.rpartition(".")[0] or name for name in names]
     count = Counter(stem.lower() for stem in stems)
     return [
         stem if _is_plain_id(stem) and count[stem.lower()] == 1 else _hashed(stem, name)
