@@ -52,6 +52,9 @@ def matching(
     engine: Annotated[str, Option("--engine", metavar="NAME", help="As model.matching.backend.")] = "auto",
     candidates: Annotated[int, Option("--candidates", metavar="K", min=1, help="Matches kept a pixel.")] = 16,
     iterations: Annotated[int, Option("--iterations", metavar="T", min=1, help="Iterations a level.")] = 5,
+    start: Annotated[
+        str, Option("--start", metavar="all|best", help="As model.matching.start; a model's own where it is one's.")
+    ] = "all",
     repeats: Annotated[int, Option("--repeats", metavar="N", min=1, help="Timings, of which the least counts.")] = 1,
     baseline: Annotated[
         bool, Option("--baseline/--no-baseline", help="Time the release's arithmetic too, for the speedup.")
@@ -71,7 +74,7 @@ def matching(
     from cocosnet.config import load_config
 
     out = Output(as_json, quiet)
-    overrides = {"backend": engine, "candidates": candidates, "iterations": iterations}
+    overrides = {"backend": engine, "candidates": candidates, "iterations": iterations, "start": start}
     config = load_config(None, [f"model.matching.{name}={value}" for name, value in overrides.items()])
     paths = _pictures(pictures)[:limit]
     settings = BenchSettings(

@@ -107,6 +107,12 @@ class MatchingConfig:
     propagation: bool = True  # Eq. 5; off for the second row of Table 5
     refinement: str = "gru"  # gru (Eq. 6), conv (third row of Table 5) or none (first row)
     hidden: int = 32  # channels of the ConvGRU's state (release)
+    # coarse matches that a level starts from: best (a quarter of K, with four children each: nearer to the truth where
+    # many places look alike) or all (one child each: nearer to the most alike of all places)
+    start: str = "best"
+    # what the refinement is told of offsets and scores: relative (to each other, in px; ours, better), or absolute
+    # (over the map's size), which models have whose file does not say
+    inputs: str = "absolute"
     # engine: reference (plain PyTorch), compiled (CPU, numba), triton (CUDA, K up to 32), exact (every level against
     # all positions, without PatchMatch: the oracle), or auto (the quickest at hand)
     backend: str = "auto"
@@ -363,6 +369,8 @@ def _check(config: Config) -> None:
     _one_of("prepare.kind", config.prepare.kind, ("index", "colours", "ade20k-full", "celeba-parts"))
     _require(0 <= config.prepare.pad_value <= 255, "prepare.pad_value must be in 0..255")
     _one_of("model.matching.refinement", matching.refinement, ("gru", "conv", "none"))
+    _one_of("model.matching.start", matching.start, ("best", "all"))
+    _one_of("model.matching.inputs", matching.inputs, ("absolute", "relative"))
     _one_of("model.matching.compat", matching.compat, ("none", "release", "release-fixed"))
     _one_of("model.matching.backend", matching.backend, ("auto", "reference", "compiled", "triton", "exact"))
     _one_of("loss.perceptual", config.loss.perceptual, ("vgg19", "vgg16-caffe", "none"))

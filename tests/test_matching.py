@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cocosnet.config import MatchingConfig, load_config
 from cocosnet.errors import MissingDependency
 from cocosnet.model import patchmatch
-from cocosnet.model.convgru import Refinement
+from cocosnet.model.convgru import Refinement, relative_motion
 from cocosnet.model.exact import exact_top_k, exact_warp, top_k_of_rows
 from cocosnet.model.hierarchy import Hierarchy
 from cocosnet.model.matches import Matches
@@ -99,7 +99,7 @@ def brute_force_pass(positions, x, y, axis):
                         + v * (1 - u) * y[:, r1, c0]
                         + v * u * y[:, r1, c1]
                     )
-                    score = float(x[:, i, j] @ f)
+                    score = float(x[:, i, j] @ f / f.norm().clamp(min=patchmatch.SHORTEST))
                     pixel = (round(row), round(column))
                     if pixel not in best or score > best[pixel][0]:
                         best[pixel] = (score, row, column)
@@ -315,10 +315,10 @@ def test_the_warp_teaches_the_refinement_where_to_look():
     assert step.tolist() == pytest.approx([1, 2], abs=0.4)
 
 
-@pytest.mark.parametrize("refinement", ["gru", "conv"])
-def test_refining_band_by_band_changes_nothing(refinement, monkeypatch):
+@pytest.mark.parametrize(("refinement", "inputs"), [("gru", "absolute"), ("conv", "absolute"), ("gru", "relative")])
+def test_refining_band_by_band_changes_nothing(refinement, inputs, monkeypatch):
     torch.manual_seed(0)
-    refine = Refinement(MatchingConfig(channels=4, candidates=3, hidden=8, refinement=refinement))
+    refine = Refinement(MatchingConfig(channels=4, candidates=3, hidden=8, refinement=refinement, inputs=inputs))
     torch.nn.init.normal_(refine.head[-1].weight)
     matches = Matches(field(0, 2, 3, 37, 9, (20, 11)).clamp(0, 10), torch.rand(2, 3, 37, 9))
     inputs = torch.randn(2, 8, 37, 9), matches, unit(1, 2, 4, 37, 9), unit(2, 2, 4, 20, 11)
@@ -327,6 +327,30 @@ def test_refining_band_by_band_changes_nothing(refinement, monkeypatch):
         bands = refine(*inputs)
     for band, whole in zip(bands, refine(*inputs)):
         torch.testing.assert_close(band, whole)
+
+
+def test_relative_inputs_see_how_candidates_lie_to_each_other_and_nothing_else():
+    offsets, scores = field(0, 1, 3, 6, 5, (9, 9)), torch.rand(1, 3, 6, 5)
+    scores[:, 1, 2, 2] = -torch.inf
+    motion = relative_motion(offsets, scores, (64, 64))
+    moved = relative_motion(offsets + torch.tensor([20.0, -7.0]).view(1, 1, 2, 1, 1), scores, (128, 128))
+    torch.testing.assert_close(motion, moved)
+    assert motion.isfinite().all() and motion[0, 7, 2, 2] == -2
+    motion = relative_motion(
+        torch.tensor([0.0, 1.0]).view(1, 2, 1, 1, 1).expand(1, 2, 2, 4, 4), scores[:, :2, :4, :4], (8, 8)
+    )
+    assert motion[0, :4, 0, 0].tolist() == [0, 0, 0.25, 0.25]
+
+
+def test_a_match_between_two_pixels_is_as_good_as_one_on_a_pixel():
+    """Query = exemplar half a pixel on: the right score of the right match is 1, and nothing whole comes near."""
+    y = torch.tensor([[1.0, 0.0], [0.6, 0.8]]).T.reshape(1, 2, 1, 2)
+    between = F.normalize(y.sum(-1, keepdim=True), dim=1)
+    positions = torch.tensor([[0.0, 0.0], [0.0, 0.5], [0.0, 1.0]]).view(1, 3, 2, 1, 1)
+    scores = patchmatch.cosine(between, y, positions).flatten().tolist()
+    assert scores == pytest.approx([0.894427, 1.0, 0.894427], abs=1e-5)
+    apart = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]).T.reshape(1, 2, 1, 2)
+    assert abs(patchmatch.cosine(apart[..., :1], apart, positions)[0, 1].item()) < 1e-6
 
 
 def test_checkpointing_leaves_the_gradients_as_they_are():

@@ -217,6 +217,7 @@ def _untrained(row: Row, settings: AblationSettings, seed: int) -> Hierarchy:
         hidden=settings.hidden,
         propagation=row.propagation,
         refinement=row.refinement,
+        inputs="relative",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -31,6 +31,7 @@ _FAST = {"reassoc", "contract", "nsz"}
 EMPTY = np.float32(-np.inf)
 NOWHERE = np.int32(-1)  # the pixel of an empty slot
 NEGLIGIBLE = np.float32(1e-9)  # times the largest weight: sixteen of them do not change a float32 in [-1, 1]
+SHORTEST = np.float32(patchmatch.SHORTEST)
 ROUND = np.float32(1.5 * 2**23)  # added and taken off again, it rounds half to even
 
 
@@ -224,7 +225,7 @@ def _clamped(vector, size):
 
 @njit
 def _similarity(fx, at, fy, image, limits, y, x, blocks):
-    """fx[at : at + P] . fy(image, y, x), bilinear; (y, x) inside the map."""
+    """Cosine of fx[at : at + P] and fy(image, y, x), bilinear; (y, x) inside the map."""
     row, column, step = int(y), int(x), LANES * len(blocks)
     v, u = y - np.float32(row), x - np.float32(column)
     place = ((image * limits[0] + row) * limits[1] + column) * step
@@ -235,7 +236,8 @@ def _similarity(fx, at, fy, image, limits, y, x, blocks):
     one = np.float32(1)
     places = place, place + along, place + down, place + down + along
     weights = (one - v) * (one - u), (one - v) * u, v * (one - u), v * u
-    return lanes.blended_dot(fx, at, fy, places, weights, blocks)
+    product, square = lanes.blended_dots(fx, at, fy, places, weights, blocks)
+    return product / max(np.sqrt(square), SHORTEST)
 
 
 @njit
@@ -640,7 +642,7 @@ def _scores_backward(features_x, features_y, field, gradient, by_position, by_x,
             for j in range(width):
                 for k in range(candidates):
                     if gradient[b, i, j, k] != 0:
-                        _dot_backward(
+                        _cosine_backward(
                             features_x[b, i, j],
                             features_y[b],
                             field[b, i, j, k],
@@ -652,27 +654,36 @@ def _scores_backward(features_x, features_y, field, gradient, by_position, by_x,
 
 
 @njit(fastmath=_FAST)
-def _dot_backward(fx, fy, position, g, by_position, by_x, by_y):
-    """Gradients of `_dot`, added to by_x C and by_y H,W,C, written to by_position 2."""
+def _cosine_backward(fx, fy, position, g, by_position, by_x, by_y):
+    """Gradients of `_similarity`, added to by_x C and by_y H,W,C, written to by_position 2."""
     y0, y1, v = _corners(position[0], fy.shape[0])
     x0, x1, u = _corners(position[1], fy.shape[1])
     one = np.float32(1)
-    w00, w01, w10, w11 = g * (one - v) * (one - u), g * (one - v) * u, g * v * (one - u), g * v * u
+    w00, w01, w10, w11 = (one - v) * (one - u), (one - v) * u, v * (one - u), v * u
     f00, f01, f10, f11 = fy[y0, x0], fy[y0, x1], fy[y1, x0], fy[y1, x1]
     g00, g01, g10, g11 = by_y[y0, x0], by_y[y0, x1], by_y[y1, x0], by_y[y1, x1]
+    product, square = np.float32(0), np.float32(0)
+    for c in range(fx.shape[0]):
+        blend = w00 * f00[c] + w01 * f01[c] + w10 * f10[c] + w11 * f11[c]
+        product += fx[c] * blend
+        square += blend * blend
+    length = max(np.sqrt(square), SHORTEST)
+    # The length of a blend that is too short to be stretched to 1 plays no part.
+    score = product / length if length > SHORTEST else np.float32(0)
     d00, d01, d10, d11 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
     for c in range(fx.shape[0]):
-        by_x[c] += w00 * f00[c] + w01 * f01[c] + w10 * f10[c] + w11 * f11[c]
-        d00 += fx[c] * f00[c]
-        d01 += fx[c] * f01[c]
-        d10 += fx[c] * f10[c]
-        d11 += fx[c] * f11[c]
-    for c in range(fx.shape[0]):
-        g00[c] += w00 * fx[c]
-        g01[c] += w01 * fx[c]
-        g10[c] += w10 * fx[c]
-        g11[c] += w11 * fx[c]
+        direction = (w00 * f00[c] + w01 * f01[c] + w10 * f10[c] + w11 * f11[c]) / length
+        by_x[c] += g * direction
+        change = g * (fx[c] - score * direction) / length
+        d00 += change * f00[c]
+        d01 += change * f01[c]
+        d10 += change * f10[c]
+        d11 += change * f11[c]
+        g00[c] += w00 * change
+        g01[c] += w01 * change
+        g10[c] += w10 * change
+        g11[c] += w11 * change
     if y1 > y0:
-        by_position[0] = g * ((one - u) * (d10 - d00) + u * (d11 - d01))
+        by_position[0] = (one - u) * (d10 - d00) + u * (d11 - d01)
     if x1 > x0:
-        by_position[1] = g * ((one - v) * (d01 - d00) + v * (d11 - d10))
+        by_position[1] = (one - v) * (d01 - d00) + v * (d11 - d10)

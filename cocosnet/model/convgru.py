@@ -14,7 +14,9 @@ from cocosnet.model.matches import Matches
 from cocosnet.model.warp import pixel_grid, sample
 
 BAND = 64  # rows refined at once without a gradient: what a band needs stays in a processor's cache
-HALO = 6  # rows that a correction depends on above and below: six 3x3 convolutions one after the other
+HALO = 7  # rows that a correction depends on above and below: six 3x3 convolutions and a 3x3 mean, one after the other
+OFFSET_UNIT = 4.0  # px: a relative offset as large as this enters as 1, and as at most 2
+SCORE_UNIT = 0.1  # a score that is lower by as much enters as -1; an empty slot enters as -2
 HEAD_GAIN = 0.01  # scale of the last layer at the start: corrections begin near zero, yet every layer gets a gradient
 
 
@@ -36,14 +38,16 @@ class ConvGRU(nn.Module):
 class MatchEncoder(nn.Module):
     """x_t of Eq. 6: features of f^x, f^y, O_t and S_t, side by side.
 
-    f^y is read at each pixel's best match, so that it can be compared with f^x there. Offsets are divided by the map's
-    size, so that the same weights serve every level and size; empty slots (-inf) read as the lowest cosine, -1.
+    f^y is read at each pixel's best match, so that it can be compared with f^x there. What O_t and S_t are is
+    `config.inputs`: `absolute_motion` or `relative_motion`. Both serve every level and size with the same weights.
     """
 
-    def __init__(self, channels: int, candidates: int, hidden: int):
+    def __init__(self, config: MatchingConfig):
         super().__init__()
-        self.appearance = nn.Conv2d(2 * channels, hidden, 1)
-        self.motion = nn.Conv2d(3 * candidates, hidden, 3, padding=1)
+        hidden = config.hidden
+        self.motion_of = relative_motion if config.inputs == "relative" else absolute_motion
+        self.appearance = nn.Conv2d(2 * config.channels, hidden, 1)
+        self.motion = nn.Conv2d(3 * config.candidates, hidden, 3, padding=1)
         self.join = nn.Conv2d(2 * hidden, hidden, 3, padding=1)
 
     def forward(self, matches: Matches, features_x: Tensor, features_y: Tensor, top: int = 0) -> Tensor:
@@ -54,13 +58,33 @@ class MatchEncoder(nn.Module):
         height, width = features_x.shape[-2:]
         grid = pixel_grid(height, width, features_x.device)
         grid[0] += top
-        offsets = matches.positions - grid
-        offsets = offsets / offsets.new_tensor(features_y.shape[-2:]).view(1, 1, 2, 1, 1)
-        motion = torch.cat([offsets.flatten(1, 2), matches.scores.clamp(min=-1)], dim=1)
+        motion = self.motion_of(matches.positions - grid, matches.scores, features_y.shape[-2:])
         best = sample(features_y, matches.positions[:, :1]).squeeze(2)
         appearance = torch.cat([features_x, best], dim=1)
         x = torch.cat([self.appearance(appearance), self.motion(motion)], dim=1)
         return F.relu(self.join(F.relu(x)))
+
+
+def absolute_motion(offsets: Tensor, scores: Tensor, size: torch.Size) -> Tensor:
+    """Offsets divided by the map's size, and scores as they are; empty slots (-inf) read as the lowest cosine, -1.
+
+    offsets B,K,2,h,w in px; scores B,K,h,w; size (H, W). Returns B,3K,h,w.
+    """
+    offsets = offsets / offsets.new_tensor(size).view(1, 1, 2, 1, 1)
+    return torch.cat([offsets.flatten(1, 2), scores.clamp(min=-1)], dim=1)
+
+
+def relative_motion(offsets: Tensor, scores: Tensor, size: torch.Size) -> Tensor:
+    """How the candidates lie to each other, in units in which a fraction of a pixel and a hundredth of a cosine show.
+
+    Offsets are taken from the mean of the best matches' over 3x3 pixels; all scores but the best from the best.
+    Arguments and result as for `absolute_motion`; the size of the map plays no part.
+    """
+    around = F.avg_pool2d(offsets[:, 0], 3, 1, 1, count_include_pad=False).unsqueeze(1)
+    offsets = ((offsets - around) / OFFSET_UNIT).clamp(-2, 2)
+    best, others = scores[:, :1].clamp(min=-1), scores[:, 1:]
+    others = ((others - best) / SCORE_UNIT).clamp(-2, 2)
+    return torch.cat([offsets.flatten(1, 2), best, others], dim=1)
 
 
 class Refinement(nn.Module):
@@ -72,7 +96,7 @@ class Refinement(nn.Module):
     def __init__(self, config: MatchingConfig):
         super().__init__()
         self.max_step, self.hidden = config.max_step, config.hidden
-        self.encode = MatchEncoder(config.channels, config.candidates, config.hidden)
+        self.encode = MatchEncoder(config)
         self.memory = ConvGRU(config.hidden, config.hidden) if config.refinement == "gru" else Memoryless(config.hidden)
         self.head = nn.Sequential(
             nn.Conv2d(config.hidden, config.hidden, 3, padding=1),

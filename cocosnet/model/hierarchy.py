@@ -17,7 +17,7 @@ from cocosnet.model.convgru import Refinement
 from cocosnet.model.exact import exact_top_k, exact_warp
 from cocosnet.model.matches import Matches
 from cocosnet.model.patchmatch import Engine, select_engine
-from cocosnet.model.warp import child_positions, downsample, upsample_positions
+from cocosnet.model.warp import child_positions, downsample, one_child_each, upsample_positions
 
 
 @dataclass
@@ -70,11 +70,12 @@ class PatchMatchLevel(nn.Module):
         super().__init__()
         self.iterations, self.temperature = config.iterations, config.temperature
         self.backend, self.propagation = config.backend, config.propagation
+        self.start = one_child_each if config.start == "all" else child_positions
         self.refinement, self.checkpoint = refinement, config.checkpoint
 
     def forward(self, coarse: Matches, features_x: Tensor, features_y: Tensor, exemplar: Tensor) -> Level:
         """coarse: H_{l-1}; features B,C,h,w and B,C,H,W of unit length; exemplar B,3,H,W."""
-        positions = child_positions(coarse.positions.detach(), *features_x.shape[-2:])
+        positions = self.start(coarse.positions.detach(), *features_x.shape[-2:])
         engine = select_engine(self.backend, features_x, positions.shape[1])
         # Channels last is how engines and convolutions read them: once a level instead of once an iteration.
         x, y = (f.contiguous(memory_format=torch.channels_last) for f in (features_x, features_y))

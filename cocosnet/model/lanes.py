@@ -239,25 +239,27 @@ def dot(_typing, a, at, b, place, blocks):
 
 
 @intrinsic
-def blended_dot(_typing, a, at, b, places, weights, blocks):
-    """Sum over c < LANES * len(blocks) of a[at + c] times the sum over four n of weights[n] * b[places[n] + c]."""
+def blended_dots(_typing, a, at, b, places, weights, blocks):
+    """Of the sum over four n of weights[n] * b[places[n] + c], for c < LANES * len(blocks): its products with a[at + c]
+    and its squares, each summed over c."""
 
     def generate(context, builder, signature, values):
         first_of, second_of = (_reader(builder, values[n]) for n in (0, 2))
         places, weights = (cgutils.unpack_tuple(builder, v, 4) for v in values[3:5])
         weights = [_splat(builder, FLOATS.llvm, weight) for weight in weights]
-        total = ir.Constant(FLOATS.llvm, None)
+        totals = [ir.Constant(FLOATS.llvm, None)] * 2
         for block in range(signature.args[5].count):
             blend = ir.Constant(FLOATS.llvm, None)
             for place, weight in zip(places, weights):
                 product = builder.fmul(weight, second_of(place, block), flags=_LOOSE)
                 blend = builder.fadd(blend, product, flags=_LOOSE)
-            product = builder.fmul(first_of(values[1], block), blend, flags=_LOOSE)
-            total = builder.fadd(total, product, flags=_LOOSE)
-        return _reduce(builder, "fadd", total)
+            products = [builder.fmul(factor, blend, flags=_LOOSE) for factor in (first_of(values[1], block), blend)]
+            totals = [builder.fadd(total, product, flags=_LOOSE) for total, product in zip(totals, products)]
+        sums = [_reduce(builder, "fadd", total) for total in totals]
+        return context.make_tuple(builder, signature.return_type, sums)
 
     four = types.UniTuple(types.intp, 4), types.UniTuple(types.float32, 4)
-    return types.float32(a, types.intp, b, *four, blocks), generate
+    return types.UniTuple(types.float32, 2)(a, types.intp, b, *four, blocks), generate
 
 
 def _place(builder, signature, values) -> ir.Value:

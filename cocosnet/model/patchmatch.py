@@ -26,6 +26,7 @@ from cocosnet.model.warp import clamp_positions, sample, soft_warp
 
 logger = logging.getLogger(__name__)
 AXES = (-1, -2)  # horizontal first, then vertical
+SHORTEST = 0.5  # a mean of unit vectors that is shorter (they point apart) is stretched no more than this one
 CHUNK = 2**25  # sampled feature values held at once: 128 MiB of float32
 
 
@@ -101,17 +102,18 @@ def drop_duplicates(positions: Tensor, scores: Tensor) -> Tensor:
 
 
 def cosine(features_x: Tensor, features_y: Tensor, positions: Tensor) -> Tensor:
-    """S(p, k) = cos(f^x(p), f^y(H(p, k))) of Eq. 7, with f^y read bilinearly.
+    """S(p, k) = cos(f^x(p), f^y(H(p, k))) of Eq. 7, with f^y read bilinearly and stretched to unit length again.
 
-    Between pixels the mean of unit vectors is shorter than 1: a match between unlike pixels scores less, which is what
-    a match there deserves, so it is not stretched. Returns B,N,h,w; differentiable in all three. Candidates are sampled
-    in groups, so that no more than CHUNK feature values are held without a gradient.
+    The mean of unit vectors is shorter than 1. Unstretched, a match between two pixels would score less than one of
+    equal direction on a pixel: whole positions would win over the right ones, and a refinement by fractions never pay.
+    Returns B,N,h,w; differentiable in all three. Candidates are sampled in groups, so that no more than CHUNK feature
+    values are held without a gradient.
     """
     batch, channels, height, width = features_x.shape
     group = max(1, CHUNK // (batch * channels * height * width))
-    return torch.cat(
-        [(features_x.unsqueeze(2) * sample(features_y, part)).sum(1) for part in positions.split(group, dim=1)], dim=1
-    )
+    x = features_x.unsqueeze(2)
+    read = (sample(features_y, part) for part in positions.split(group, dim=1))
+    return torch.cat([(x * y).sum(1) / y.norm(dim=1).clamp(min=SHORTEST) for y in read], dim=1)
 
 
 def evaluate(positions: Tensor, features_x: Tensor, features_y: Tensor) -> Matches:

@@ -142,15 +142,21 @@ def _read(fy, image, row, column, rows, columns, channels, channel, valid):
 
 
 @triton.jit
-def _dot(x, fy, image, y_at, x_at, rows, columns, channels, channel, valid):
-    """x . fy(y, x), bilinear, of P pixels."""
+def _length(y):
+    """Lengths P of P,C blended features, at least `patchmatch.SHORTEST`."""
+    return tl.maximum(tl.sqrt(tl.sum(y * y, 1)), 0.5)
+
+
+@triton.jit
+def _cosine(x, fy, image, y_at, x_at, rows, columns, channels, channel, valid):
+    """Cosine of x and fy(y, x), bilinear, of P pixels."""
     y0, y1, v = _corners(y_at, rows)
     x0, x1, u = _corners(x_at, columns)
-    total = (1 - v) * (1 - u) * tl.sum(x * _read(fy, image, y0, x0, rows, columns, channels, channel, valid), 1)
-    total += (1 - v) * u * tl.sum(x * _read(fy, image, y0, x1, rows, columns, channels, channel, valid), 1)
-    total += v * (1 - u) * tl.sum(x * _read(fy, image, y1, x0, rows, columns, channels, channel, valid), 1)
-    total += v * u * tl.sum(x * _read(fy, image, y1, x1, rows, columns, channels, channel, valid), 1)
-    return total
+    y = ((1 - v) * (1 - u))[:, None] * _read(fy, image, y0, x0, rows, columns, channels, channel, valid)
+    y += ((1 - v) * u)[:, None] * _read(fy, image, y0, x1, rows, columns, channels, channel, valid)
+    y += (v * (1 - u))[:, None] * _read(fy, image, y1, x0, rows, columns, channels, channel, valid)
+    y += (v * u)[:, None] * _read(fy, image, y1, x1, rows, columns, channels, channel, valid)
+    return tl.sum(x * y, 1) / _length(y)
 
 
 @triton.jit
@@ -210,7 +216,7 @@ def _pass_kernel(
             x_at = x_at - shift
         y = tl.minimum(tl.maximum(y, 0.0), (rows - 1).to(tl.float32))
         x_at = tl.minimum(tl.maximum(x_at, 0.0), (columns - 1).to(tl.float32))
-        score = _dot(x, fy, image, y, x_at, rows, columns, channels, channel, there)
+        score = _cosine(x, fy, image, y, x_at, rows, columns, channels, channel, there)
         pixel = _pixel(y, x_at, columns)
         same = pixels == pixel[:, None]
         has = tl.max(same.to(tl.int32), 1) > 0
@@ -257,7 +263,7 @@ def _scores_kernel(
         place = field + (row * K + k) * 2
         y = tl.load(place, mask=valid, other=0.0)
         x_at = tl.load(place + 1, mask=valid, other=0.0)
-        score = _dot(x, fy, image, y, x_at, rows, columns, channels, channel, valid)
+        score = _cosine(x, fy, image, y, x_at, rows, columns, channels, channel, valid)
         scores = tl.where(slot[None, :] == k, score[:, None], scores)
     scores = tl.where(_is_duplicate(pixels, scores, slot), float("-inf"), scores)
     tl.store(result + own, scores, mask=mine)
@@ -289,20 +295,26 @@ def _backward_kernel(
         g = tl.load(gradient + place, mask=valid, other=0.0)
         y0, y1, v = _corners(tl.load(field + place * 2, mask=valid, other=0.0), rows)
         x0, x1, u = _corners(tl.load(field + place * 2 + 1, mask=valid, other=0.0), columns)
-        w00, w01, w10, w11 = g * (1 - v) * (1 - u), g * (1 - v) * u, g * v * (1 - u), g * v * u
+        w00, w01, w10, w11 = (1 - v) * (1 - u), (1 - v) * u, v * (1 - u), v * u
         f00 = _read(fy, image, y0, x0, rows, columns, channels, channel, valid)
         f01 = _read(fy, image, y0, x1, rows, columns, channels, channel, valid)
         f10 = _read(fy, image, y1, x0, rows, columns, channels, channel, valid)
         f11 = _read(fy, image, y1, x1, rows, columns, channels, channel, valid)
-        total += w00[:, None] * f00 + w01[:, None] * f01 + w10[:, None] * f10 + w11[:, None] * f11
-        d00, d01, d10, d11 = tl.sum(x * f00, 1), tl.sum(x * f01, 1), tl.sum(x * f10, 1), tl.sum(x * f11, 1)
+        y = w00[:, None] * f00 + w01[:, None] * f01 + w10[:, None] * f10 + w11[:, None] * f11
+        length = _length(y)
+        score = tl.where(length > 0.5, tl.sum(x * y, 1) / length, 0.0)
+        direction = y / length[:, None]
+        total += g[:, None] * direction
+        # What a change of the unstretched features there does to the score.
+        q = (g / length)[:, None] * (x - score[:, None] * direction)
+        d00, d01, d10, d11 = tl.sum(q * f00, 1), tl.sum(q * f01, 1), tl.sum(q * f10, 1), tl.sum(q * f11, 1)
         # On a map of one row (or column) both corners are the same one, and the gradient is zero by itself.
-        by_row = g * ((1 - u) * (d10 - d00) + u * (d11 - d01))
-        by_column = g * ((1 - v) * (d01 - d00) + v * (d11 - d10))
+        by_row = (1 - u) * (d10 - d00) + u * (d11 - d01)
+        by_column = (1 - v) * (d01 - d00) + v * (d11 - d10)
         tl.store(by_position + place * 2, by_row, mask=valid)
         tl.store(by_position + place * 2 + 1, by_column, mask=valid)
-        _add(by_y, image, y0, x0, rows, columns, channels, channel, valid, w00[:, None] * x)
-        _add(by_y, image, y0, x1, rows, columns, channels, channel, valid, w01[:, None] * x)
-        _add(by_y, image, y1, x0, rows, columns, channels, channel, valid, w10[:, None] * x)
-        _add(by_y, image, y1, x1, rows, columns, channels, channel, valid, w11[:, None] * x)
+        _add(by_y, image, y0, x0, rows, columns, channels, channel, valid, w00[:, None] * q)
+        _add(by_y, image, y0, x1, rows, columns, channels, channel, valid, w01[:, None] * q)
+        _add(by_y, image, y1, x0, rows, columns, channels, channel, valid, w10[:, None] * q)
+        _add(by_y, image, y1, x1, rows, columns, channels, channel, valid, w11[:, None] * q)
     tl.store(by_x + own, total, mask=inside)
