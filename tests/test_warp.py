@@ -7,7 +7,15 @@ import pytest
 import torch
 from scipy.ndimage import map_coordinates
 
-from cocosnet.model.warp import child_positions, clamp_positions, pixel_grid, sample, soft_warp, upsample_positions
+from cocosnet.model.warp import (
+    child_positions,
+    clamp_positions,
+    one_child_each,
+    pixel_grid,
+    sample,
+    soft_warp,
+    upsample_positions,
+)
 
 
 def random_positions(batch, candidates, height, width, target, seed=0):
@@ -65,9 +73,19 @@ def test_upsampling_the_identity_gives_the_identity_and_an_offset_doubles():
     assert torch.equal(shifted, pixel_grid(6, 10) + torch.tensor([2.0, -4.0]).view(2, 1, 1))
 
 
+def test_the_children_of_a_match_are_the_four_fine_pixels_of_its_pixel_own_corner_first():
+    coarse = torch.tensor([[5.0, 7.0], [0.0, 2.0]]).view(1, 2, 2, 1, 1)
+    found = child_positions(torch.cat([coarse] * 4, dim=1), 2, 2)[0]
+    for i, j in [(0, 0), (0, 1), (1, 0), (1, 1)]:
+        assert found[0, :, i, j].tolist() == [10 + i, 14 + j]
+        assert sorted(found[:4, :, i, j].tolist()) == [[10, 14], [10, 15], [11, 14], [11, 15]]
+        assert sorted(found[4:, :, i, j].tolist()) == [[0, 4], [0, 5], [1, 4], [1, 5]]
+    assert torch.equal(child_positions(coarse[:, :1], 2, 2), upsample_positions(coarse[:, :1], 2, 2))
+
+
 def test_a_finer_level_starts_with_one_child_of_every_match_a_different_one_in_turn():
     coarse = torch.tensor([[5.0, 7.0], [0.0, 2.5], [1.0, 1.0], [3.0, 0.0], [9.0, 9.0]]).view(1, 5, 2, 1, 1)
-    found = child_positions(coarse, 2, 2)[0]
+    found = one_child_each(coarse, 2, 2)[0]
     for i, j in [(0, 0), (0, 1), (1, 0), (1, 1)]:
         assert found[:, :, i, j].tolist() == [[10, 14], [0, 6], [3, 2], [7, 1], [18, 18]]
     offsets = found - pixel_grid(2, 2)
