@@ -110,8 +110,8 @@ class MatchingConfig:
     # coarse matches that a level starts from: best (a quarter of K, with four children each: nearer to the truth where
     # many places look alike) or all (one child each: nearer to the most alike of all places)
     start: str = "best"
-    # what the refinement is told of offsets and scores: relative (to each other, in px; ours, better), or absolute
-    # (over the map's size), which models have whose file does not say
+    # what the refinement is told of offsets and scores: relative (to each other, in px), or absolute (over the
+    # map's size), which models have whose file does not say; both ours
     inputs: str = "absolute"
     # engine: reference (plain PyTorch), compiled (CPU, numba), triton (CUDA, K up to 32), exact (every level against
     # all positions, without PatchMatch: the oracle), or auto (the quickest at hand)
