@@ -180,8 +180,9 @@ def _check(folder: Path, output: Path | None, limit: int | None, out: Output) ->
     for record in faults:
         out.record(record)
     sheet = output or folder / SHEET_NAME
-    save_image(draw_sheet(folder, limit or 24), sheet)
-    out.note(f"{len(records)} pairs, {len(faults)} faults; look at {sheet}")
+    if len(faults) < len(records):
+        save_image(draw_sheet(folder, limit or 24), sheet)
+    out.note(f"{len(records)} pairs, {len(faults)} faults; " + (f"look at {sheet}" if sheet.is_file() else "no sheet"))
     if faults:
         raise typer.Exit(ExitCode.FAILED_ITEMS)
     if not out.as_json:

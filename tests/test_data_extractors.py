@@ -15,7 +15,7 @@ from skimage.metrics import peak_signal_noise_ratio as psnr
 
 from cocosnet.config import Config, DataConfig
 from cocosnet.data.crop import cut, face_corners, into_square, load_landmarks, undo_cut
-from cocosnet.data.extractors import extractor_names, get_extractor
+from cocosnet.data.extractors import condition_extractor, extractor_names, get_extractor
 from cocosnet.data.extractors.faces import draw_face
 from cocosnet.data.prepare import prepare
 from cocosnet.errors import ConfigError, DataError, MissingDependency
@@ -57,6 +57,15 @@ def test_names_belong_to_tasks() -> None:
     assert {"hed", "hed-small", "canny", "image"} <= set(extractor_names("edge"))
     with pytest.raises(ConfigError, match="no pose extractor is called 'hed'"):
         get_extractor("hed", task="pose")
+
+
+def test_a_model_s_conditions_are_found_as_its_task_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert condition_extractor(DataConfig(task="edge", edges="hed-small")).provenance["network"] == "hed-small"
+    with pytest.raises(ConfigError, match="label maps"):
+        condition_extractor(DataConfig(task="mask", classes=3))
+    monkeypatch.setitem(sys.modules, "mediapipe", None)
+    with pytest.raises(MissingDependency, match=r"cocosctl\[pose\]"):
+        condition_extractor(DataConfig(task="pose", poses="mediapipe"))
 
 
 def test_an_extractor_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,6 +125,80 @@ def test_the_authors_samples_prepare_unchanged(
     assert list(find_faults(tmp_path / "out")) == []
 
 
+def write_maps(folder: Path, *names: str) -> None:
+    """A label map of class 2 with a corner of class 1 under each name, 40x30 px."""
+    for name in names:
+        image = Image.new("RGB" if name.endswith("_seg.png") else "L", (40, 30), "#140005" if "_seg" in name else 2)
+        image.paste("#000000" if "_seg" in name else 1, (0, 0, 10, 10))
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(folder / name)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "photos", "maps", "classes"),
+    [
+        ("ade20k", "images/training/ADE_{}.jpg", "annotations/training/ADE_{}.png", 151),
+        ("ade20k-full", "images/ADE/training/cat/ADE_{}.jpg", "images/ADE/training/cat/ADE_{}_seg.png", 513),
+        ("coco-stuff", "images/train2017/{}.jpg", "stuffthingmaps_trainval2017/train2017/{}.png", 182),
+        ("facades", "base/cmp_b{}.jpg", "base/cmp_b{}.png", 13),
+        ("celeba-hq-masks", "CelebA-HQ-img/{}.jpg", "CelebAMask-HQ-mask-anno/all_parts_except_glasses/0000{}.png", 19),
+    ],
+)
+def test_recipes_find_the_label_maps_of_their_layouts(
+    recipe: str, photos: str, maps: str, classes: int, tmp_path: Path
+) -> None:
+    for number, path in enumerate(sorted(draw_pictures(tmp_path / "drawn", 3, (40, 30)).iterdir())):
+        place = tmp_path / "set" / photos.format(number)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).save(place)
+    write_maps(tmp_path / "set", *[maps.format(number) for number in range(3)])
+    config = load_recipe(recipe, ["data.size=30", "prepare.pairs=random"])
+    records = list(prepare(tmp_path / "set", tmp_path / "out", config))
+    assert [record.status for record in records] == ["ok"] * 3
+    assert json.loads((tmp_path / "out/dataset.json").read_text())["classes"] == classes
+    indices = np.asarray(Image.open(records[0].condition))
+    full = recipe == "ade20k-full"
+    assert (indices[2, 2], indices[20, 20]) == ((0, 512) if full else (1, 2))
+    assert list(find_faults(tmp_path / "out")) == []
+
+
+@pytest.mark.parametrize("recipe", ["metfaces-512", "metfaces-1024", "celeba-hq-edges", "folder"])
+def test_recipes_of_edges_find_their_photographs(recipe: str, shared: Path, tmp_path: Path) -> None:
+    folder = tmp_path / ("CelebA-HQ-img" if recipe.startswith("celeba") else "images")
+    folder.mkdir()
+    for path in sorted((shared / "data/portraits512").iterdir())[:2]:
+        shutil.copy(path, folder)
+    changes = ["data.size=64", "prepare.pairs=random", f"data.landmarks={shared}/data/portraits512_landmarks68.json"]
+    small = "hed-small-face" if recipe.startswith("metfaces") else "hed-small"
+    records = list(prepare(tmp_path, tmp_path / "out", load_recipe(recipe, changes), extractor=small))
+    assert [record.status for record in records] == ["ok", "ok"]
+    assert records[0].extra["condition_source"]["network"] == small
+
+
+def test_moved_landmarks_touch_only_the_drawn_face(shared: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    shutil.copy(shared / "data/portraits512/adam-schiff.jpg", tmp_path / "photos")
+    points = json.loads((shared / "data/portraits512_landmarks68.json").read_text())["adam-schiff.jpg"]
+    times = []
+    for shift in (0, 5):
+        points["points"][0][0] += shift
+        (tmp_path / "points.json").write_text(json.dumps({"adam-schiff.jpg": points}))
+        data = DataConfig(size=64, edges="hed-small-face", landmarks=str(tmp_path / "points.json"))
+        (record,) = prepare(tmp_path / "photos", tmp_path / "out", Config(data))
+        times.append([Path(path).stat().st_mtime_ns for path in (record.target, record.condition)])
+        assert record.status == "ok"
+    assert times[0][0] == times[1][0] and times[0][1] < times[1][1]
+
+
+def test_check_of_a_folder_without_one_good_pair(tmp_path: Path) -> None:
+    photos = draw_pictures(tmp_path / "photos", 2)
+    list(prepare(photos, tmp_path / "out", Config(DataConfig(size=32)), extractor="hed-small"))
+    shutil.rmtree(tmp_path / "out/images")
+    done = run("prepare", "--check", tmp_path / "out", "--json")
+    assert done.returncode == 4 and len(lines(done.stdout)) == 2
+    assert "2 pairs, 2 faults; no sheet" in done.stderr
+
+
 def test_outdoor_scenes_are_told_by_their_classes_or_a_list(shared: Path, tmp_path: Path) -> None:
     config = load_recipe("ade20k-outdoor")
     found = find_items(shared / SAMPLES / "ade20k", tmp_path, config, None, True)
