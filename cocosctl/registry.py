@@ -43,6 +43,7 @@ COMMANDS = (
     Command("eval", "cocosctl.evaluate:evaluate", "Measure outputs: swd, psnr, ssim, l1, fid and more."),
     Command("reproduce", "cocosctl.reproduce:reproduce", "Run one of the paper's tables: train, translate, measure."),
     Command("bench", "cocosctl.bench:app", "Measure the matcher where every true match is known."),
+    Command("export", "cocosctl.export:export", "Write a model as a torch.export program or as ONNX."),
     Command("weights", "cocosctl.weights:app", "Show which weights are here and where they were found."),
     Command("config", "cocosctl.configs:app", "List, show, check and compare configs."),
     Command("doctor", "cocosctl.doctor:doctor", "Report what this machine has and what is missing."),

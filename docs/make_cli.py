@@ -18,6 +18,7 @@ COMMANDS = (
     "eval",
     "bench matching",
     "bench ablation",
+    "export",
     "weights list",
     "config list",
     "config show",

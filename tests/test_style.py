@@ -81,7 +81,7 @@ def test_no_assert_and_no_unsafe_loading(path):
             and node.arg in ("strict", "weights_only")
             and ast.unparse(node.value) == "False"
         ):
-            if node.arg == "weights_only" or not _is_zip(path, node):
+            if node.arg == "weights_only" or not _is_another_strict(path, node):
                 faults.append(f"{node.value.lineno}: {node.arg}=False")
         if isinstance(node, ast.ExceptHandler) and node.type is None:
             faults.append(f"{node.lineno}: bare except")
@@ -90,11 +90,12 @@ def test_no_assert_and_no_unsafe_loading(path):
     assert faults == []
 
 
-def _is_zip(path: Path, keyword: ast.keyword) -> bool:
-    """`zip(strict=False)` is another `strict` than that of `load_state_dict`."""
+def _is_another_strict(path: Path, keyword: ast.keyword) -> bool:
+    """Whether it is that of `zip` or of `torch.export.export` (how it traces), not that of `load_state_dict`."""
     calls = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
     return any(
-        ast.unparse(call.func) == "zip" and any(k.value.lineno == keyword.value.lineno for k in call.keywords)
+        ast.unparse(call.func) in ("zip", "torch.export.export")
+        and any(k.value.lineno == keyword.value.lineno for k in call.keywords)
         for call in calls
     )
 

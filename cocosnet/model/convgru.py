@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cocosnet.config import MatchingConfig
 from cocosnet.model.matches import Matches
-from cocosnet.model.warp import pixel_grid, sample
+from cocosnet.model.warp import of_axes, pixel_grid, sample
 
 BAND = 64  # rows refined at once without a gradient: what a band needs stays in a processor's cache
 HALO = 7  # rows that a correction depends on above and below: six 3x3 convolutions and a 3x3 mean, one after the other
@@ -70,7 +70,7 @@ def absolute_motion(offsets: Tensor, scores: Tensor, size: torch.Size) -> Tensor
 
     offsets B,K,2,h,w in px; scores B,K,h,w; size (H, W). Returns B,3K,h,w.
     """
-    offsets = offsets / offsets.new_tensor(size).view(1, 1, 2, 1, 1)
+    offsets = offsets / of_axes(offsets, *size)
     return torch.cat([offsets.flatten(1, 2), scores.clamp(min=-1)], dim=1)
 
 
@@ -113,8 +113,10 @@ class Refinement(nn.Module):
         """Returns the new state B,hidden,h,w and dH B,K,2,h,w float32, in pixels of the level, within +-max_step.
 
         Without a gradient it goes band by band on a CPU, which gives the same in less time: a band stays in the cache.
+        A graph that is traced gets one map of whatever size.
         """
-        if torch.is_grad_enabled() or features_x.is_cuda or features_x.shape[-2] <= BAND:
+        whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or features_x.is_cuda
+        if whole or features_x.shape[-2] <= BAND:
             return self.refine(state, matches, features_x, features_y)
         states, steps = zip(
             *(self._band(state, matches, features_x, features_y, top) for top in range(0, features_x.shape[-2], BAND))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cocosnet.model.matches import Matches
+from cocosnet.model.warp import is_open
 
 CHUNK = 2**24  # similarities held at once while the top K are picked: 64 MiB of float32
 GROUP = 64  # neighbouring similarities that are first looked at by their maximum alone
@@ -38,12 +39,13 @@ def exact_top_k(features_x: Tensor, features_y: Tensor, candidates: int) -> Matc
     batch, _, height, width = features_x.shape
     queries, keys = features_x.float().flatten(2).transpose(1, 2), features_y.float().flatten(2)
     kept = min(candidates, keys.shape[-1])
-    step = max(1, CHUNK // (batch * keys.shape[-1]))
+    whole = is_open(keys.shape[-1])
+    parts = [queries] if whole else queries.split(max(1, CHUNK // (batch * keys.shape[-1])), dim=1)
     with torch.autocast(keys.device.type, enabled=False):
-        best = [top_k_of_rows(part @ keys, kept) for part in queries.split(step, dim=1)]
+        best = [top_k_of_rows(part @ keys, kept) for part in parts]
     scores, indices = (torch.cat(parts, 1).transpose(1, 2).unflatten(2, (height, width)) for parts in zip(*best))
-    columns = features_y.shape[-1]
-    positions = torch.stack([indices // columns, indices % columns], dim=2).float()
+    rows = indices // features_y.shape[-1]
+    positions = torch.stack([rows, indices - rows * features_y.shape[-1]], dim=2).float()
     return _fill(positions, scores.clamp(-1, 1), candidates)
 
 
@@ -52,8 +54,9 @@ def top_k_of_rows(similarities: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     On long rows in two steps: the K greatest lie in the K groups of the greatest maxima, so only those are searched.
     """
-    groups, rest = divmod(similarities.shape[-1], GROUP)
-    if rest or groups <= count:
+    length = similarities.shape[-1]
+    groups = 0 if is_open(length) or length % GROUP else length // GROUP
+    if groups <= count:
         return tuple(torch.topk(similarities, count, dim=-1))
     grouped = similarities.unflatten(-1, (groups, GROUP))
     chosen = torch.topk(grouped.amax(-1), count, dim=-1).indices

@@ -138,10 +138,11 @@ def in_bands(
     """`function(*maps)` band by band of `rows` rows, for less memory and for what stays in a processor's cache.
 
     maps: tensors ..,h,w of one size; function: maps to a tuple of maps of that size, a row of which depends on the
-    `halo` rows above and below at most. The same result, whole where the maps have no more than `rows` rows.
+    `halo` rows above and below at most. The same result, whole where the maps have no more than `rows` rows, and where
+    a graph is traced, which then is of one map of whatever size.
     """
     height = maps[0].shape[-2]
-    if height <= rows:
+    if torch.compiler.is_compiling() or height <= rows:
         return function(*maps)
     whole: tuple[Tensor, ...] = ()
     for top in range(0, height, rows):

@@ -22,12 +22,13 @@ from torch import Tensor
 
 from cocosnet.errors import MissingDependency
 from cocosnet.model.matches import Matches
-from cocosnet.model.warp import clamp_positions, sample, soft_warp
+from cocosnet.model.warp import clamp_positions, is_open, of_axes, sample, soft_warp
 
 logger = logging.getLogger(__name__)
 AXES = (-1, -2)  # horizontal first, then vertical
 SHORTEST = 0.5  # a mean of unit vectors that is shorter (they point apart) is stretched no more than this one
 CHUNK = 2**25  # sampled feature values held at once: 128 MiB of float32
+OPEN_GROUP = 8  # candidates sampled at once where the sizes are open
 
 
 @torch.no_grad()
@@ -54,19 +55,10 @@ def neighbour_candidates(positions: Tensor, axis: int) -> Tensor:
     If the left neighbour matches q, this pixel tries q + (0, 1). Pixels at the border repeat their own matches.
     B,K,2,h,w -> B,3K,2,h,w, own matches first, then the previous neighbour's, then the next one's.
     """
-    size = positions.shape[axis]
-    step = torch.zeros_like(positions)
-    step.select(2, 0 if axis == -2 else 1).fill_(1.0)
-    previous = (
-        torch.cat([positions.narrow(axis, 0, 1) - step.narrow(axis, 0, 1), positions.narrow(axis, 0, size - 1)], axis)
-        + step
-    )
-    following = (
-        torch.cat(
-            [positions.narrow(axis, 1, size - 1), positions.narrow(axis, size - 1, 1) + step.narrow(axis, 0, 1)], axis
-        )
-        - step
-    )
+    size, step = positions.shape[axis], of_axes(positions, float(axis == -2), float(axis == -1))
+    first, last = positions.narrow(axis, 0, 1), positions.narrow(axis, size - 1, 1)
+    previous = torch.cat([first - step, positions.narrow(axis, 0, size - 1)], axis) + step
+    following = torch.cat([positions.narrow(axis, 1, size - 1), last + step], axis) - step
     return torch.cat([positions, previous, following], dim=1)
 
 
@@ -95,9 +87,9 @@ def drop_duplicates(positions: Tensor, scores: Tensor) -> Tensor:
         by_score = torch.sort(scores, dim=1, descending=True, stable=True).indices
         pixels, by_pixel = torch.sort(pixels.gather(1, by_score), dim=1, stable=True)
         order = by_score.gather(1, by_pixel)
-        repeated = torch.zeros_like(scores, dtype=torch.bool)
-        repeated[:, 1:] = pixels[:, 1:] == pixels[:, :-1]
-        duplicate = torch.zeros_like(repeated).scatter_(1, order, repeated)
+        first = torch.zeros_like(pixels[:, :1], dtype=torch.bool)
+        repeated = torch.cat([first, pixels[:, 1:] == pixels[:, :-1]], dim=1)
+        duplicate = repeated.scatter(1, order, repeated)  # back in the order of the candidates
     return scores.masked_fill(duplicate, -torch.inf)
 
 
@@ -110,7 +102,7 @@ def cosine(features_x: Tensor, features_y: Tensor, positions: Tensor) -> Tensor:
     values are held without a gradient.
     """
     batch, channels, height, width = features_x.shape
-    group = max(1, CHUNK // (batch * channels * height * width))
+    group = OPEN_GROUP if is_open(height * width) else max(1, CHUNK // (batch * channels * height * width))
     x = features_x.unsqueeze(2)
     read = (sample(features_y, part) for part in positions.split(group, dim=1))
     return torch.cat([(x * y).sum(1) / y.norm(dim=1).clamp(min=SHORTEST) for y in read], dim=1)

@@ -26,7 +26,7 @@ from cocosnet.model.hierarchy import Level
 from cocosnet.model.layers import in_bands
 from cocosnet.model.matches import Matches
 from cocosnet.model.patchmatch import best_first, drop_duplicates
-from cocosnet.model.warp import downsample, pixel_grid
+from cocosnet.model.warp import downsample, is_open, pixel_grid
 
 WINDOW = (-2.0, 0.0, 2.0, 4.0)  # px, rows and columns around twice the coarser level's match
 DENSE_WINDOW = (-1.0, 0.0, 1.0, 2.0)  # px, the same of release-fixed: even steps alone never reach an odd offset
@@ -69,8 +69,9 @@ class ReleaseHierarchy(nn.Module):
     def coarse(self, x: Tensor, y: Tensor, picture: Tensor) -> Level:
         """Every position against every other: x B,C,h,w, y B,C,H,W, picture B,3,H,W. The best match alone is kept."""
         queries, values = x.flatten(2).transpose(1, 2), picture.flatten(2).transpose(1, 2)
-        rows = max(1, COARSE_CHUNK // (x.shape[0] * values.shape[1]))
-        parts = [self._attend(part, y.flatten(2), values) for part in queries.split(rows, dim=1)]
+        rows = None if is_open(values.shape[1]) else max(1, COARSE_CHUNK // (x.shape[0] * values.shape[1]))
+        split = [queries] if rows is None else queries.split(rows, dim=1)
+        parts = [self._attend(part, y.flatten(2), values) for part in split]
         weights, best, warp = (torch.cat(part, dim=1) for part in zip(*parts))
         size = x.shape[-2:]
         matches = Matches(places(best, size, y.shape[-1]), _as_maps(weights, size))
@@ -233,7 +234,8 @@ def neighbours(offsets: Tensor, axis: int) -> Tensor:
 
 def places(indices: Tensor, size: torch.Size, columns: int) -> Tensor:
     """Numbers of pixels B,hw,N in a map of `columns` columns to their rows and columns, B,N,2,h,w float32."""
-    flat = torch.stack([indices // columns, indices % columns], dim=-1).float()
+    rows = indices // columns
+    flat = torch.stack([rows, indices - rows * columns], dim=-1).float()
     return flat.permute(0, 2, 3, 1).unflatten(3, size)
 
 
@@ -326,6 +328,6 @@ def _centred_unit(x: Tensor) -> Tensor:
 
 def _as_large(y: Tensor, x: Tensor) -> Tensor:
     """The exemplar's features at the condition's size; the release has both of one size."""
-    if y.shape[-2:] == x.shape[-2:]:
+    if not is_open(y.shape[-1]) and y.shape[-2:] == x.shape[-2:]:
         return y
     return F.interpolate(y, size=x.shape[-2:], mode="bilinear", align_corners=False)

@@ -33,7 +33,7 @@ class Translator(nn.Module):
 
     def forward(self, guide: Tensor, style: Tensor | None = None) -> Tensor:
         """Eq. 10. See the class for shapes. `style` B,widths[0],s,s is added to the code (the SPADE baseline's)."""
-        height, width = (side >> (self.scales - 1) for side in guide.shape[-2:])
+        height, width = (side // 2 ** (self.scales - 1) for side in guide.shape[-2:])
         code = self.code if style is None else self.code + style
         x = F.interpolate(code, size=(height, width), mode="bilinear", align_corners=False)
         x = x.expand(guide.shape[0], -1, -1, -1)

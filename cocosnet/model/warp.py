@@ -15,6 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def is_open(size: int) -> bool:
+    """Whether a size is a variable of a graph that is being exported. Nothing may be cut in pieces by it then."""
+    return isinstance(size, torch.SymInt)
+
+
 def pixel_grid(height: int, width: int, device: torch.device | None = None) -> Tensor:
     """Each pixel's own position. Returns 2,height,width float32, channel 0 = y."""
     rows = torch.arange(height, dtype=torch.float32, device=device)
@@ -22,9 +27,14 @@ def pixel_grid(height: int, width: int, device: torch.device | None = None) -> T
     return torch.stack(torch.meshgrid(rows, columns, indexing="ij"))
 
 
+def of_axes(like: Tensor, y: float, x: float) -> Tensor:
+    """(y, x) as 1,1,2,1,1, which goes with positions; of `like`'s dtype and device. Sizes may be open."""
+    return torch.stack([like.new_full((), value) for value in (y, x)]).view(1, 1, 2, 1, 1)
+
+
 def clamp_positions(positions_BK2hw: Tensor, height: int, width: int) -> Tensor:
     """Move positions that left a map of `height` x `width` onto its border. Same shape and dtype."""
-    limit = positions_BK2hw.new_tensor([height - 1, width - 1]).view(1, 1, 2, 1, 1)
+    limit = of_axes(positions_BK2hw, height - 1, width - 1)
     return torch.minimum(positions_BK2hw.clamp(min=0), limit)
 
 
@@ -34,7 +44,7 @@ def sample(map_BCHW: Tensor, positions_BK2hw: Tensor) -> Tensor:
     Differentiable in both arguments. Returns B,C,K,h,w in the map's dtype, which should hold positions well: float32.
     """
     batch, candidates, _, height, width = positions_BK2hw.shape
-    span = positions_BK2hw.new_tensor([max(size - 1, 1) for size in map_BCHW.shape[-2:]]).view(1, 1, 2, 1, 1)
+    span = of_axes(positions_BK2hw, *(max(size - 1, 1) for size in map_BCHW.shape[-2:]))
     normalised = positions_BK2hw * (2.0 / span) - 1.0
     grid = normalised.flip(2).permute(0, 1, 3, 4, 2).reshape(batch, candidates * height, width, 2)
     values = F.grid_sample(
