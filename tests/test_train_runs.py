@@ -36,6 +36,16 @@ RUN = """
     Trainer(load_config(config), data, run, "cpu", tick).train()
 """
 
+GRADIENTS = """
+    import hashlib, torch
+    from cocosnet.model.compiled import evaluate
+    draw = torch.Generator().manual_seed(0)
+    x, y = (torch.nn.functional.normalize(torch.randn(1, 8, 16, 16, generator=draw), dim=1) for _ in range(2))
+    given = [value.requires_grad_() for value in (torch.rand(1, 4, 2, 16, 16, generator=draw) * 15, x, y)]
+    scores = evaluate(*given).scores
+    scores[scores.isfinite()].square().sum().backward()
+    print(hashlib.sha256(b"".join(value.grad.numpy().tobytes() for value in given)).hexdigest())
+"""
 LIMITED = """
     import os, resource, sys
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -134,6 +144,14 @@ def test_killed_and_resumed_is_the_same_as_left_alone_bit_for_bit(data, tmp_path
     assert differences(state(tmp_path / "killed", 8), state(tmp_path / "alone", 8)) == []
     models = [load_file(tmp_path / run / "model.safetensors") for run in ("killed", "alone")]
     assert differences(*models) == []
+
+
+def test_a_process_that_compiles_the_matcher_rounds_as_one_that_finds_it_compiled(tmp_path):
+    """Otherwise a run that is resumed, and so finds it, would end with other bits than one that was left alone."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", textwrap.dedent(GRADIENTS)]
+    compiling, finding = (subprocess.check_output(command, env=environment, timeout=200) for _ in range(2))
+    assert compiling == finding
 
 
 def test_work_after_the_last_state_is_done_again_and_logged_once(data, tmp_path, finished):

@@ -653,9 +653,13 @@ def _scores_backward(features_x, features_y, field, gradient, by_position, by_x,
                         )
 
 
-@njit(fastmath=_FAST)
+@njit
 def _cosine_backward(fx, fy, position, g, by_position, by_x, by_y):
-    """Gradients of `_similarity`, added to by_x C and by_y H,W,C, written to by_position 2."""
+    """Gradients of `_similarity`, added to by_x C and by_y H,W,C, written to by_position 2.
+
+    Without _FAST: left to choose, the compiler rounded one way in the code that it runs at once and another way in the
+    code that it keeps on the disk, and a run whose process had compiled went on with other bits when it was resumed.
+    """
     y0, y1, v = _corners(position[0], fy.shape[0])
     x0, x1, u = _corners(position[1], fy.shape[1])
     one = np.float32(1)
