@@ -28,6 +28,7 @@ from cocosnet.errors import ConfigError, DataError
 from cocosnet.files import atomic_path
 from cocosnet.model.build import Model
 from cocosnet.model.cocosnet import Output
+from cocosnet.precision import autocast, pick_precision
 
 STAMP_KEY = "cocosctl.stamp"  # text chunk of a written PNG: what it was made of
 COLOURED = 12.0  # mean saturation (0..255) above which a picture is a photograph, not a grey edge map
@@ -71,6 +72,13 @@ class Translator:
         self.model: Model = load_model(weights, device)
         self.checkpoint, self.raw, self.size, self.keep_parts = find_checkpoint(weights), raw, size, keep_parts
         self.device = next(self.model.parameters()).device
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The type that the model was trained in (`train.precision`); the release's arithmetic is float32."""
+        config = self.model.config
+        wanted = config.train.precision if config.model.matching.compat == "none" else "fp32"
+        return pick_precision(wanted, self.device)
 
     @property
     def data(self) -> DataConfig:
@@ -149,7 +157,8 @@ class Translator:
         pair = self.load_pair(record)
         place = {"device": self.device, "memory_format": torch.channels_last}
         other = None if pair.exemplar_condition is None else pair.exemplar_condition.to(**place)
-        return pair, self.model(pair.condition.to(**place), pair.exemplar.to(**place), other)
+        with autocast(self.precision, self.device):
+            return pair, self.model(pair.condition.to(**place), pair.exemplar.to(**place), other)
 
     def _condition(self, path: str, raw: bool) -> tuple[Tensor, dict[str, Any]]:
         """The condition tensor 1,C,H,W of a file, and how it came about."""

@@ -17,3 +17,8 @@ def _quick_bf16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private, and absent from some versions
     return device.type == "cpu" and supported is not None and bool(supported())
+
+
+def autocast(precision: torch.dtype, device: torch.device) -> torch.autocast:
+    """The context in which convolutions compute in that type; matching, softmax and norms stay in float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16)

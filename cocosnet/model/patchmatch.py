@@ -182,8 +182,21 @@ def _triton(features: Tensor, candidates: int) -> Engine | None:
     """The Triton engine, or None where it cannot be loaded or these features are not for it."""
     module = _triton_module()
     if module is None or not module.can_handle(features, candidates):
+        if module is not None and candidates > module.MAX_CANDIDATES:
+            _say_too_many(candidates, module.MAX_CANDIDATES)
         return None
     return Engine("triton", module.propagate, module.evaluate)
+
+
+@functools.cache
+def _say_too_many(candidates: int, most: int) -> None:
+    """Once: what makes matching on a GPU slow."""
+    logger.warning(
+        "matching runs on its slow reference engine, since Triton keeps at most %d candidates a pixel, not %d; "
+        "set model.matching.candidates lower",
+        most,
+        candidates,
+    )
 
 
 @functools.cache

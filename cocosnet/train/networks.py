@@ -17,6 +17,7 @@ from cocosnet.model.build import Model, build_model
 from cocosnet.model.discriminator import Discriminator
 from cocosnet.model.layers import SpadeBlock
 from cocosnet.model.mapping import Mapping
+from cocosnet.precision import autocast
 from cocosnet.train.distributed import ALONE, Ranks
 
 
@@ -42,8 +43,7 @@ class Networks:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context that networks run in."""
-        device = next(self.model.parameters()).device
-        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16)
+        return autocast(self.precision, next(self.model.parameters()).device)
 
 
 def build_networks(
