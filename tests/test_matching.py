@@ -20,7 +20,7 @@ from cocosnet.model.exact import exact_top_k, exact_warp, top_k_of_rows
 from cocosnet.model.hierarchy import Hierarchy
 from cocosnet.model.matches import Matches
 from cocosnet.model.patchmatch import REFERENCE, select_engine
-from cocosnet.model.warp import pixel_grid
+from cocosnet.model.warp import pixel_grid, soft_warp
 
 
 def unit(seed, *shape, dtype=torch.float32):
@@ -170,6 +170,69 @@ def test_the_compiled_engine_agrees_with_the_reference(shape, seed):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
 
 
+@given(
+    sizes=st.tuples(st.integers(1, 2), *[st.integers(1, 7)] * 4),
+    channels=st.sampled_from([3, 16, 20, 32]),
+    candidates=st.sampled_from([1, 5, 16, 18]),
+    iterations=st.integers(1, 3),
+    whole=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=40, deadline=None)
+def test_iterations_at_once_the_order_and_the_warp_agree_with_the_reference(
+    sizes, channels, candidates, iterations, whole, seed
+):
+    """Maps of one pixel, more candidates than a map has pixels or a vector has lanes, places on and between pixels."""
+    pytest.importorskip("numba")
+    from cocosnet.model import compiled
+
+    batch, height, width, rows, columns = sizes
+    x, y = unit(seed, batch, channels, height, width), unit(seed + 1, batch, channels, rows, columns)
+    positions = field(seed + 2, batch, candidates, height, width, (rows, columns))
+    positions = positions.round() if whole else positions
+    ours = compiled.propagate(positions, x, y, iterations=iterations)
+    expected = patchmatch.propagate(positions, x, y, iterations=iterations)
+    torch.testing.assert_close(ours.scores, expected.scores, atol=2e-6, rtol=1e-5)
+    filled = torch.isfinite(ours.scores)
+    found = patchmatch.cosine(x, y, ours.positions)[filled]
+    torch.testing.assert_close(found, ours.scores[filled], atol=2e-6, rtol=1e-5)
+    shuffled = torch.randperm(candidates, generator=torch.Generator().manual_seed(seed))
+    mixed = Matches(expected.positions[:, shuffled], expected.scores[:, shuffled])
+    picture = unit(seed + 3, batch, 3, rows, columns)
+    with torch.no_grad():
+        sorted_ones, known = compiled.best_first(mixed), patchmatch.best_first(mixed)
+        warps = [warp(picture, mixed.positions, mixed.scores, 0.01) for warp in (compiled.soft_warp, soft_warp)]
+    torch.testing.assert_close(sorted_ones.scores, known.scores)
+    torch.testing.assert_close(sorted_ones.positions, known.positions)
+    torch.testing.assert_close(*warps, atol=1e-5, rtol=1e-5)
+
+
+def test_the_compiled_gradients_are_those_of_the_reference_in_float64():
+    pytest.importorskip("numba")
+    from cocosnet.model import compiled
+
+    x, y = unit(1, 2, 20, 5, 6, dtype=torch.float64), unit(2, 2, 20, 7, 4, dtype=torch.float64)
+    positions = torch.rand(2, 3, 2, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * 2.9
+    gradients = []
+    for engine, dtype in ((compiled, torch.float32), (patchmatch, torch.float64)):
+        inputs = [t.to(dtype).requires_grad_() for t in (positions, x, y)]
+        engine.evaluate(*inputs).scores.clamp(min=-2).pow(3).sum().backward()
+        gradients.append([t.grad.double() for t in inputs])
+    for mine, exact in zip(*gradients):
+        torch.testing.assert_close(mine, exact, atol=2e-5, rtol=1e-4)
+
+
+def test_positions_that_are_no_numbers_read_nothing_outside_the_maps():
+    pytest.importorskip("numba")
+    from cocosnet.model import compiled
+
+    x, y = unit(1, 1, 4, 3, 3), unit(2, 1, 4, 3, 3)
+    positions = torch.full((1, 2, 2, 3, 3), torch.nan)
+    positions[:, 1] = torch.inf
+    matches = compiled.propagate(positions, x, y)
+    assert torch.isfinite(matches.positions).all() and matches.positions.min() >= 0 and matches.positions.max() <= 2
+
+
 def test_the_compiled_engine_leaves_the_number_of_threads_alone():
     """numba and PyTorch share one OpenMP; a changed number changes the order, and so the last bits, of sums."""
     pytest.importorskip("numba")
@@ -228,7 +291,7 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 torch.manual_seed(0)
-hierarchy = Hierarchy((32, 32, 32, 32), MatchingConfig(iterations=2)).eval()
+hierarchy = Hierarchy((32, 32, 32, 32), MatchingConfig()).eval()
 match(8, 16, 32, 64)
 before = peak()
 match(64, 128, 256, 512)
@@ -237,7 +300,7 @@ print(peak() - before)
 
 
 def test_matching_at_512_adds_less_than_a_gibibyte():
-    """Three PatchMatch levels of K = 16 and C = 32; more iterations reuse the memory of the first two."""
+    """Three PatchMatch levels of K = 16, C = 32 and T = 5, the GRU included."""
     pytest.importorskip("numba")
     done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 1000

@@ -57,6 +57,36 @@ for sizes in CASES:
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 """
 
+PROPERTIES = """
+from hypothesis import given, settings, strategies as st
+
+@given(
+    st.tuples(*[st.integers(low, high) for low, high in [(1, 2), (2, 9), (1, 7), (1, 5), (1, 5), (1, 6), (1, 6)]]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.booleans(),
+)
+@settings(max_examples=12, deadline=None, database=None)
+def agree(sizes, dtype, whole):
+    field, x, y = case(*sizes)
+    field, x, y = (field.round() if whole else field), x.to(dtype), y.to(dtype)
+    ours = triton_engine.propagate(field, x, y, iterations=2)
+    expected = patchmatch.propagate(field, x.float(), y.float(), iterations=2)
+    torch.testing.assert_close(ours.scores, expected.scores, atol=2e-6, rtol=1e-5)
+    assert ((ours.positions >= 0) & (ours.positions <= field.new_tensor(y.shape[-2:]).view(2, 1, 1) - 1)).all()
+
+agree()
+"""
+
+TOO_MANY = """
+import logging
+messages = []
+handler = logging.Handler()
+handler.emit = lambda record: messages.append(record.getMessage())
+logging.getLogger("cocosnet").addHandler(handler)
+names = [patchmatch._triton(torch.zeros(1), 33) for _ in range(2)]
+assert names == [None, None] and len(messages) == 1 and "at most 32" in messages[0], messages
+"""
+
 BFLOAT16 = """
 field, x, y = case(1, 16, 4, 6, 7, 3, 300)  # columns that bfloat16 cannot count
 x, y = x.bfloat16(), y.bfloat16()
@@ -112,7 +142,9 @@ def run(program: str, interpret: bool) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    "program", [PROPAGATION, GRADIENTS, BFLOAT16, DOOR], ids=["passes", "gradients", "bf16", "door"]
+    "program",
+    [PROPAGATION, PROPERTIES, GRADIENTS, BFLOAT16, DOOR, TOO_MANY],
+    ids=["passes", "properties", "gradients", "bf16", "door", "too-many"],
 )
 def test_the_kernels_agree_with_the_reference(program):
     done = run(COMMON + program, interpret=True)
