@@ -43,7 +43,9 @@ def import_weights(
         list[Path], typer.Argument(metavar="FILES", show_default=False, help="Corr and G, and D at will.")
     ],
     name: Annotated[str, typer.Option("--as", metavar="NAME", show_default=False, help="What to call the model.")],
-    mended: Annotated[bool, typer.Option("--mended", help="Mend three defects of its matching (release-fixed).")] = False,
+    mended: Annotated[
+        bool, typer.Option("--mended", help="Mend three defects of its matching (release-fixed).")
+    ] = False,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,

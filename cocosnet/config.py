@@ -119,7 +119,7 @@ class MatchingConfig:
     checkpoint: bool = False  # training computes the refinement twice instead of keeping its activations: less memory
     max_step: float = 3.0  # px of the level, bound of one update dH (ours: dH = max_step * tanh)
     levels: int = 0  # levels that are matched, counted from the coarsest (Table 4); 0: all of the pyramid
-    compat: str = "none"  # the authors' release: release (its arithmetic), release-fixed (three defects mended), or none
+    compat: str = "none"  # the authors' release: release (its arithmetic), release-fixed (three mended defects), none
     share_levels: bool = True  # one refinement module for all levels, as the release does; off: one a level
 
 

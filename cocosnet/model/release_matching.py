@@ -85,8 +85,8 @@ class ReleaseHierarchy(nn.Module):
         return scores.gather(-1, best), best, torch.matmul(weights, values)
 
     def first_offsets(self, coarse: Matches) -> Tensor:
-        """What a level starts from, B,2K,h,w. The release takes the coarser level's first slot, which the last refinement
-        moved, and even steps around it; `release-fixed` takes the best slot and every step.
+        """What a level starts from, B,2K,h,w. The release takes the coarser level's first slot, which the last
+        refinement moved, and even steps around it; `release-fixed` takes the best slot and every step.
         """
         if self.patch_match.fixed:
             return window_offsets(best_first(coarse), DENSE_WINDOW)
