@@ -187,24 +187,31 @@ class ReleaseSpadeBlock(nn.Module):
 
     def _rows(self, x: Tensor, guide: Tensor) -> tuple[Tensor]:
         """The block on some rows of both, of one size."""
-        shortcut = self.conv_s(self.norm_s(x, guide)) if self.learned else x
-        y = self.conv_0(_reflect(F.leaky_relu(self.norm_0(x, guide), LEAK)))
-        return (shortcut + self.conv_1(_reflect(F.leaky_relu(self.norm_1(y, guide), LEAK))),)
+        normed = _positional_norm(x)
+        shortcut = self.conv_s(self.norm_s(normed, guide)) if self.learned else x
+        y = self.conv_0(_reflect(F.leaky_relu(self.norm_0(normed, guide), LEAK)))
+        y = self.norm_1(_positional_norm(y), guide)
+        return (shortcut + self.conv_1(_reflect(F.leaky_relu(y, LEAK))),)
 
 
 class ReleaseSpade(nn.Module):
-    """Positional normalisation over the channels (unbiased variance), then scale and shift from the guide."""
+    """Scale and shift of a normalised map, from the guide."""
 
     def __init__(self, channels: int, guide_channels: int, hidden: int):
         super().__init__()
         self.mlp_shared = nn.Sequential(nn.ReflectionPad2d(1), nn.Conv2d(guide_channels, hidden, 3), nn.ReLU())
         self.mlp_gamma, self.mlp_beta = nn.Conv2d(hidden, channels, 3), nn.Conv2d(hidden, channels, 3)
 
-    def forward(self, x: Tensor, guide: Tensor) -> Tensor:
-        """x B,C,h,w; guide B,G,h,w. Returns B,C,h,w."""
-        mean, variance = x.mean(dim=1, keepdim=True), x.var(dim=1, keepdim=True)
+    def forward(self, normed: Tensor, guide: Tensor) -> Tensor:
+        """normed B,C,h,w; guide B,G,h,w. Returns B,C,h,w."""
         gamma, beta = side_by_side(_reflect(self.mlp_shared(guide)), self.mlp_gamma, self.mlp_beta)
-        return (x - mean) / (variance + 1e-8).sqrt() * (1 + gamma) + beta
+        return normed * (1 + gamma) + beta
+
+
+def _positional_norm(x: Tensor) -> Tensor:
+    """Over the channels of each position, with the unbiased variance. B,C,h,w -> B,C,h,w."""
+    mean, variance = x.mean(dim=1, keepdim=True), x.var(dim=1, keepdim=True)
+    return (x - mean) / (variance + 1e-8).sqrt()
 
 
 class ReleaseResidual(nn.Module):

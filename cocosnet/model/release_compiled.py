@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cocosnet.model.lanes import advanced, pointer
+
 BLOCK = 16  # numbers that PyTorch adds one after the other before it joins partial sums, when it sums over channels
 
 
@@ -35,21 +37,45 @@ def to_offsets(indices: Tensor, order: Tensor, size: torch.Size, columns: int) -
 def _score(field, x, y, step, rounded, indices, scores):
     """field 2K,h,w; x h,w,C; y H,W,C; step (rows, columns) to the next neighbour; indices and scores hw,N."""
     both, height, width = field.shape
-    candidates, size = both // 2, (y.shape[0], y.shape[1])
-    pixels = y.reshape(size[0] * size[1], y.shape[2])
-    reach = 1 if indices.shape[1] > candidates else 0
+    candidates, count, channels, size = both // 2, indices.shape[1], x.shape[2], (y.shape[0], y.shape[1])
+    reach = 1 if count > candidates else 0
     for i in numba.prange(height):
+        distinct, slots, found = np.empty(count, np.int64), np.empty(count, np.int64), np.empty(count, np.float32)
+        scratch = pointer(distinct), pointer(slots), pointer(found)
         for j in range(width):
-            p, count = i * width + j, 0
+            p, at = i * width + j, 0
             for sign in range(-reach, reach + 1):
                 ni, nj = i + sign * step[0], j + sign * step[1]
                 inside = ni >= 0 and nj >= 0 and ni < height and nj < width
                 for k in range(candidates):
                     down = field[k, ni, nj] if inside else np.float32(0)
                     along = field[candidates + k, ni, nj] if inside else np.float32(0)
-                    indices[p, count] = _number(np.float32(i) + down, np.float32(j) + along, size, rounded)
-                    count += 1
-            _dots(x[i, j], pixels, indices[p], scores[p])
+                    indices[p, at] = _number(np.float32(i) + down, np.float32(j) + along, size, rounded)
+                    at += 1
+            query, numbers = advanced(pointer(x), p * channels), advanced(pointer(indices), p * count)
+            out = advanced(pointer(scores), p * count)
+            _distinct_dots(query, pointer(y), channels, numbers, out, count, candidates, scratch)
+        # A buffer is freed after its last use, which pointers do not count as.
+        found[0], slots[0], distinct[0] = 0, 0, 0
+
+
+@numba.njit(boundscheck=False)
+def _distinct_dots(query, pixels, channels, numbers, out, count, candidates, scratch):
+    """`_dots`, each pixel once: where matches are smooth, neighbours' k-th candidates point to the same one."""
+    distinct, slots, found = scratch
+    number = 0
+    for k in range(count):
+        slot = -1
+        for earlier in (k - 1, k - candidates, k - 2 * candidates):
+            if earlier >= 0 and numbers[earlier] == numbers[k]:
+                slot = slots[earlier]
+        if slot < 0:
+            distinct[number], slot = numbers[k] * channels, number
+            number += 1
+        slots[k] = slot
+    _dots(query, pixels, channels, distinct, found, number)
+    for k in range(count):
+        out[k] = found[slots[k]]
 
 
 @numba.njit(parallel=True, cache=True, boundscheck=False)
@@ -77,35 +103,28 @@ def _number(row, column, size, rounded):
 
 
 @numba.njit(boundscheck=False)
-def _dots(query, pixels, indices, scores):
-    """In PyTorch's order of adding and without fused multiply-adds: the matching turns on last bits (docs/release.md).
+def _dots(query, pixels, channels, starts, out, count):
+    """Of query's C numbers with the C from each of `starts` on in pixels, all pointers.
 
-    Four candidates side by side, since one alone waits for each sum.
+    In PyTorch's order of adding and without fused multiply-adds: the matching turns on last bits (docs/release.md).
+    Four side by side, since one alone waits for each sum.
     """
-    channels, count = query.shape[0], indices.shape[0]
     for k in range(0, count - count % 4, 4):
-        a, b, c, d = pixels[indices[k]], pixels[indices[k + 1]], pixels[indices[k + 2]], pixels[indices[k + 3]]
+        a, b, c, d = starts[k], starts[k + 1], starts[k + 2], starts[k + 3]
         s0, s1, s2, s3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-        for start in range(0, channels - channels % BLOCK, BLOCK):
+        for start in range(0, channels, BLOCK):
             t0, t1, t2, t3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-            for i in range(start, start + BLOCK):
+            for i in range(start, min(start + BLOCK, channels)):
                 q = query[i]
-                t0, t1, t2, t3 = t0 + q * a[i], t1 + q * b[i], t2 + q * c[i], t3 + q * d[i]
+                t0, t1 = t0 + q * pixels[a + i], t1 + q * pixels[b + i]
+                t2, t3 = t2 + q * pixels[c + i], t3 + q * pixels[d + i]
             s0, s1, s2, s3 = s0 + t0, s1 + t1, s2 + t2, s3 + t3
-        t0, t1, t2, t3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-        for i in range(channels - channels % BLOCK, channels):
-            q = query[i]
-            t0, t1, t2, t3 = t0 + q * a[i], t1 + q * b[i], t2 + q * c[i], t3 + q * d[i]
-        scores[k], scores[k + 1], scores[k + 2], scores[k + 3] = t0 + s0, t1 + s1, t2 + s2, t3 + s3
+        out[k], out[k + 1], out[k + 2], out[k + 3] = s0, s1, s2, s3
     for k in range(count - count % 4, count):
-        scores[k] = _dot(query, pixels[indices[k]])
-
-
-@numba.njit(boundscheck=False)
-def _dot(query, pixel):
-    channels, blocks, total = query.shape[0], np.float32(0), np.float32(0)
-    for i in range(channels):
-        total += query[i] * pixel[i]
-        if i % BLOCK == BLOCK - 1:
-            blocks, total = blocks + total, np.float32(0)
-    return total + blocks
+        total = np.float32(0)
+        for start in range(0, channels, BLOCK):
+            block = np.float32(0)
+            for i in range(start, min(start + BLOCK, channels)):
+                block += query[i] * pixels[starts[k] + i]
+            total += block
+        out[k] = total
