@@ -36,27 +36,32 @@ def to_offsets(indices: Tensor, order: Tensor, size: torch.Size, columns: int) -
 @numba.njit(parallel=True, cache=True, boundscheck=False)
 def _score(field, x, y, step, rounded, indices, scores):
     """field 2K,h,w; x h,w,C; y H,W,C; step (rows, columns) to the next neighbour; indices and scores hw,N."""
+    for i in numba.prange(field.shape[1]):
+        _score_row(i, field, x, y, step, rounded, indices, scores)
+
+
+@numba.njit(boundscheck=False)
+def _score_row(i, field, x, y, step, rounded, indices, scores):
     both, height, width = field.shape
     candidates, count, channels, size = both // 2, indices.shape[1], x.shape[2], (y.shape[0], y.shape[1])
     reach = 1 if count > candidates else 0
-    for i in numba.prange(height):
-        distinct, slots, found = np.empty(count, np.int64), np.empty(count, np.int64), np.empty(count, np.float32)
+    distinct, slots, found = np.empty(count, np.int64), np.empty(count, np.int64), np.empty(count, np.float32)
+    for j in range(width):
+        p, at = i * width + j, 0
+        for sign in range(-reach, reach + 1):
+            ni, nj = i + sign * step[0], j + sign * step[1]
+            inside = ni >= 0 and nj >= 0 and ni < height and nj < width
+            for k in range(candidates):
+                down = field[k, ni, nj] if inside else np.float32(0)
+                along = field[candidates + k, ni, nj] if inside else np.float32(0)
+                indices[p, at] = _number(np.float32(i) + down, np.float32(j) + along, size, rounded)
+                at += 1
+        query, numbers = advanced(pointer(x), p * channels), advanced(pointer(indices), p * count)
         scratch = pointer(distinct), pointer(slots), pointer(found)
-        for j in range(width):
-            p, at = i * width + j, 0
-            for sign in range(-reach, reach + 1):
-                ni, nj = i + sign * step[0], j + sign * step[1]
-                inside = ni >= 0 and nj >= 0 and ni < height and nj < width
-                for k in range(candidates):
-                    down = field[k, ni, nj] if inside else np.float32(0)
-                    along = field[candidates + k, ni, nj] if inside else np.float32(0)
-                    indices[p, at] = _number(np.float32(i) + down, np.float32(j) + along, size, rounded)
-                    at += 1
-            query, numbers = advanced(pointer(x), p * channels), advanced(pointer(indices), p * count)
-            out = advanced(pointer(scores), p * count)
-            _distinct_dots(query, pointer(y), channels, numbers, out, count, candidates, scratch)
-        # A buffer is freed after its last use, which pointers do not count as.
-        found[0], slots[0], distinct[0] = 0, 0, 0
+        out = advanced(pointer(scores), p * count)
+        _distinct_dots(query, pointer(y), channels, numbers, out, count, candidates, scratch)
+    # A buffer is freed after its last use, which pointers do not count as.
+    found[0], slots[0], distinct[0] = 0, 0, 0
 
 
 @numba.njit(boundscheck=False)
