@@ -20,6 +20,7 @@ from cocosnet.config import Config, config_from_dict, config_to_dict
 from cocosnet.errors import CheckpointError, ConfigError, MissingDependency, MissingWeights
 from cocosnet.files import atomic_path
 from cocosnet.model.build import Model, build_model
+from cocosnet.precision import layout_of
 from cocosnet.weights import search_folders
 
 CONFIG_KEY = "cocosctl.config"
@@ -39,7 +40,7 @@ def load_model(weights: str | Path, device: str = "auto") -> Model:
     path = find_checkpoint(weights)
     model = build_model(read_checkpoint(path)[0])
     load_tensors(model, path)
-    model = model.to(target, memory_format=torch.channels_last)
+    model = model.to(target, memory_format=layout_of(model.config))
     return model.eval().requires_grad_(False)
 
 

@@ -28,7 +28,7 @@ from cocosnet.errors import ConfigError, DataError
 from cocosnet.files import atomic_path
 from cocosnet.model.build import Model
 from cocosnet.model.cocosnet import Output
-from cocosnet.precision import autocast, pick_precision
+from cocosnet.precision import autocast, layout_of, precision_of
 
 STAMP_KEY = "cocosctl.stamp"  # text chunk of a written PNG: what it was made of
 COLOURED = 12.0  # mean saturation (0..255) above which a picture is a photograph, not a grey edge map
@@ -75,10 +75,8 @@ class Translator:
 
     @property
     def precision(self) -> torch.dtype:
-        """The type that the model was trained in (`train.precision`); the release's arithmetic is float32."""
-        config = self.model.config
-        wanted = config.train.precision if config.model.matching.compat == "none" else "fp32"
-        return pick_precision(wanted, self.device)
+        """The type that convolutions compute in."""
+        return precision_of(self.model.config, self.device)
 
     @property
     def data(self) -> DataConfig:
@@ -155,7 +153,7 @@ class Translator:
     @torch.inference_mode()
     def _run(self, record: Record) -> tuple[Pair, Output]:
         pair = self.load_pair(record)
-        place = {"device": self.device, "memory_format": torch.channels_last}
+        place = {"device": self.device, "memory_format": layout_of(self.model.config)}
         other = None if pair.exemplar_condition is None else pair.exemplar_condition.to(**place)
         with autocast(self.precision, self.device):
             return pair, self.model(pair.condition.to(**place), pair.exemplar.to(**place), other)

@@ -1,8 +1,20 @@
-"""In which type a device multiplies quickest."""
+"""In which type, and in which layout, a model computes."""
 
 from __future__ import annotations
 
 import torch
+
+from cocosnet.config import Config
+
+
+def precision_of(config: Config, device: torch.device) -> torch.dtype:
+    """The type that a model of this config was trained in (`train.precision`); the release's arithmetic is float32."""
+    return pick_precision(config.train.precision if config.model.matching.compat == "none" else "fp32", device)
+
+
+def layout_of(config: Config) -> torch.memory_format:
+    """Channels last, which convolutions are quickest in; but the release's sums run in the plain layout's order."""
+    return torch.channels_last if config.model.matching.compat == "none" else torch.contiguous_format
 
 
 def pick_precision(precision: str, device: torch.device) -> torch.dtype:

@@ -14,7 +14,7 @@ import torch
 
 from cocosnet.config import Config, config_from_dict, load_config
 from cocosnet.model.build import build_model
-from cocosnet.precision import autocast, pick_precision
+from cocosnet.precision import autocast, layout_of, precision_of
 
 RELEASE = {
     "data": {"task": "pose", "size": 512},
@@ -34,7 +34,7 @@ def main() -> None:
     config = config_from_dict(RELEASE) if name == "release" else load_config(name)
     height, width = map(int, size) if size else (config.data.size, config.data.size)
     torch.manual_seed(0)
-    model = build_model(config).eval()
+    model = build_model(config).eval().to(memory_format=layout_of(config))
     translate(model, config, 64, 64)
     begin = time.perf_counter()
     translate(model, config, height, width)
@@ -43,12 +43,13 @@ def main() -> None:
 
 
 def translate(model: torch.nn.Module, config: Config, height: int, width: int) -> None:
-    """One random pair through the model, in the type that `cocosctl translate` takes."""
+    """One random pair through the model, in the type and layout that `cocosctl translate` takes."""
     condition = torch.rand(1, config.data.condition_channels, height, width)
     exemplar, other = torch.rand(1, 3, height, width) * 2 - 1, torch.rand_like(condition)
-    wanted = config.train.precision if config.model.matching.compat == "none" else "fp32"
-    with autocast(pick_precision(wanted, torch.device("cpu")), torch.device("cpu")):
-        model(condition, exemplar, other if config.model.encoder.exemplar_condition else None)
+    inputs = [x.to(memory_format=layout_of(config)) for x in (condition, exemplar, other)]
+    device = torch.device("cpu")
+    with autocast(precision_of(config, device), device):
+        model(*inputs[:2], inputs[2] if config.model.encoder.exemplar_condition else None)
 
 
 if __name__ == "__main__":

@@ -183,7 +183,9 @@ def test_any_widths_import_and_run_at_any_size(tmp_path, channels, nef, ngf):
     kernel = model.condition_encoder.layer2[0][0].weight.flatten(1)
     assert torch.linalg.matrix_norm(kernel, 2).item() == pytest.approx(1, abs=1e-4)
     save_model(tmp_path / "model.safetensors", model)
-    model = load_model(tmp_path / "model.safetensors", "cpu")
+    given, model = model, load_model(tmp_path / "model.safetensors", "cpu")
+    one = torch.rand(1, channels, 64, 96)
+    assert all(torch.equal(a, b) for a, b in zip(model.condition_encoder(one), given.condition_encoder(one)))
     condition, exemplar = torch.rand(2, channels, 64, 96), torch.rand(2, 3, 45, 70) * 2 - 1
     with torch.inference_mode():
         first, again = (model(condition, exemplar, torch.rand(2, channels, 45, 70).zero_()) for _ in range(2))
