@@ -165,6 +165,8 @@ class LossConfig:
 
     align: float = 10.0  # lambda_1, Eq. 11
     corr: float = 100.0  # lambda_2, Eq. 12 (release: 500, divided by its batch of 2 a GPU and more; ours: 100)
+    # likelihood of the known match of a pseudo exemplar (ours, docs/training.md); 0 leaves it out, as the paper does
+    match: float = 0.0
     map: float = 1.0  # lambda_3, Eq. 13-14 (absent from the release; ours)
     sem: float = 1.0  # lambda_4 on Eq. 15
     contextual: float = 10.0  # lambda_4 u_m on Eq. 16's first term (before the layers' own weights)

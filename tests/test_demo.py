@@ -55,7 +55,7 @@ def restored(demo):
     errors, sharpness = [], []
     for number, path in enumerate(PICTURES):
         condition, picture = read(path)
-        copy = distort(picture, DistortionConfig(tps=0.04), torch.Generator().manual_seed(number))
+        copy = distort(picture, DistortionConfig(tps=0.04), torch.Generator().manual_seed(number))[0]
         with torch.inference_mode():
             out = model(condition, copy)
         coarse = torch.nn.functional.interpolate(out.warps[0], size=picture.shape[-2:], mode="bilinear")

@@ -13,7 +13,10 @@ from cocosnet.losses import adversarial, appearance, total
 from cocosnet.losses.align import align_loss
 from cocosnet.losses.correspondence import correspondence_loss
 from cocosnet.losses.mapping import mapping_loss
+from cocosnet.losses.match import match_loss
 from cocosnet.losses.semantic import semantic_loss
+from cocosnet.model.exact import exact_top_k
+from cocosnet.model.warp import pixel_grid
 
 
 def random(*shape, seed=0):
@@ -168,3 +171,65 @@ def test_total_is_the_weighted_sum_of_what_is_there():
 def test_without_a_perceptual_network_its_losses_weigh_nothing():
     weights = total.loss_weights(LossConfig(perceptual="none"))
     assert weights["sem"] == weights["contextual"] == weights["feature"] == 0 and weights["align"] > 0
+
+
+def plain_match_loss(x, y, field, temperature):
+    """The surprise at the true places, pixel by pixel in float64; x, y: C,h,w arrays of unit length."""
+    channels, height, width = y.shape
+    surprises = []
+    for row, column in np.ndindex(height, width):
+        at = field[:, row, column]
+        if not (0 <= at[0] <= height - 1 and 0 <= at[1] <= width - 1):
+            continue
+        top, left = (min(int(a), size - 2) for a, size in zip(at, (height, width)))
+        down, right = at[0] - top, at[1] - left
+        above = (1 - right) * x[:, top, left] + right * x[:, top, left + 1]
+        below = (1 - right) * x[:, top + 1, left] + right * x[:, top + 1, left + 1]
+        query = (1 - down) * above + down * below
+        logits = np.einsum("c,chw->hw", query / np.linalg.norm(query), y) / temperature
+        surprises.append(np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[row, column])
+    return np.mean(surprises)
+
+
+def unit(features):
+    return torch.nn.functional.normalize(features, dim=1)
+
+
+def test_the_match_loss_is_the_surprise_at_the_true_place():
+    x, y = unit(random(2, 4, 9, 11)), unit(random(2, 4, 9, 11, seed=1))
+    field = pixel_grid(9, 11) + 3 * random(2, 2, 9, 11, seed=2)
+    expected = [plain_match_loss(*(t[i].double().numpy() for t in (x, y, field)), 0.1) for i in range(2)]
+    assert match_loss([x], [y], field, torch.ones(2), 0.1).item() == pytest.approx(np.mean(expected), rel=1e-5)
+    assert match_loss([x], [y], field, torch.tensor([0.0, 1.0]), 0.1).item() == pytest.approx(expected[1], rel=1e-5)
+    assert match_loss([x], [y], field, torch.zeros(2), 0.1) == 0
+
+
+def test_the_match_loss_knows_nothing_of_flat_features_and_everything_of_distinct_ones():
+    """Summed over levels: log of the number of places each where all look alike, 0 where each looks like its match."""
+    grid = pixel_grid(16, 16).unsqueeze(0)
+    flat = [torch.ones(1, 1, 8, 8), torch.ones(1, 1, 16, 16)]
+    assert match_loss(flat, flat, grid, torch.ones(1), 0.01).item() == pytest.approx(math.log(64) + math.log(256))
+    distinct = torch.eye(64).view(1, 64, 8, 8)
+    moved = distinct.roll((1, 2), (2, 3))  # what the exemplar shows at p is x_B at p - (1, 2)
+    field = (pixel_grid(8, 8) - torch.tensor([1.0, 2.0]).view(2, 1, 1)).unsqueeze(0)
+    assert match_loss([distinct], [moved], field, torch.ones(1), 0.01) < 1e-6
+    assert match_loss([distinct], [moved], grid[..., :8, :8], torch.ones(1), 0.01) > 90
+
+
+def test_the_match_loss_of_large_levels_looks_at_a_part_of_them():
+    """Every other row and column of 128x128 are compared: 64x64 places, all alike."""
+    flat = torch.ones(1, 1, 128, 128)
+    value = match_loss([flat], [flat], pixel_grid(128, 128).unsqueeze(0), torch.ones(1), 0.01)
+    assert value.item() == pytest.approx(math.log(64 * 64))
+
+
+def test_moving_down_the_match_loss_brings_the_places_together():
+    x, y = (random(1, 16, 8, 8, seed=seed).requires_grad_() for seed in (3, 4))
+    grid, optimiser = pixel_grid(8, 8).unsqueeze(0), torch.optim.Adam([x, y], lr=0.05)
+    for _ in range(60):
+        loss = match_loss([unit(x)], [unit(y)], grid, torch.ones(1), 0.1)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    found = exact_top_k(unit(x.detach()), unit(y.detach()), 1).positions[:, 0]
+    assert torch.equal(found, grid)

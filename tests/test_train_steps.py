@@ -10,11 +10,12 @@ from train_tools import prepared_folder, small_vgg, steps_by, tiny
 
 from cocosnet.config import load_config
 from cocosnet.data.dataset import PairDataset
+from cocosnet.data.distortion import apply_grid
 from cocosnet.errors import DataError
 from cocosnet.losses.perceptual import load_perceptual
 from cocosnet.losses.total import loss_weights, total_loss
 from cocosnet.precision import pick_precision
-from cocosnet.train.batches import StepBatches, make_sample, step_generator
+from cocosnet.train.batches import StepBatches, make_sample, stack, step_generator
 from cocosnet.train.ema import Ema
 from cocosnet.train.networks import build_networks
 from cocosnet.train.steps import Stepping, discriminator_step, generator_losses, generator_step, warp_psnr
@@ -211,6 +212,12 @@ def test_a_pseudo_exemplar_is_the_picture_distorted_together_with_its_condition(
     sample = make_sample(item, tiny(), pseudo=True, generator=step_generator(0, 0, 0))
     torch.testing.assert_close(sample.exemplar[:, :1], sample.exemplar_condition)
     assert sample.pseudo == 1 and (sample.exemplar - sample.image).abs().mean() > 0.01
+
+
+def test_a_pseudo_exemplar_says_where_it_shows_the_picture(pairs):
+    batch = stack([make_sample(pairs[i], tiny(), pseudo=i < 2, generator=step_generator(0, 1, i)) for i in range(3)])
+    assert torch.allclose(apply_grid(batch.image, batch.field)[:2], batch.exemplar[:2], atol=1e-5)
+    assert batch.field[2].abs().sum() == 0
 
 
 def test_another_exemplar_is_never_the_picture_itself(pairs):

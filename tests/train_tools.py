@@ -41,7 +41,8 @@ def steps_by(
     Plain, because Adam divides by the gradient's size, which blows the rounding of tiny gradients up.
     Returns each step's losses and measures, and the weights afterwards.
     """
-    config = load_config("tiny-cpu", ["train.batch=4", "train.real_exemplars=0.5", "loss.perceptual=vgg16-caffe"])
+    losses = ["loss.perceptual=vgg16-caffe", "loss.match=1"]
+    config = load_config("tiny-cpu", ["train.batch=4", "train.real_exemplars=0.5", *losses])
     ranks = Ranks.join(torch.device("cpu"), 4)
     networks = build_networks(tiny(), torch.device("cpu"), precision, ranks=ranks)
     networks.perceptual = small_vgg().to(precision)

@@ -17,7 +17,7 @@ from cocosnet.config import DistortionConfig
 from cocosnet.model.warp import pixel_grid
 
 
-def distort(image: Tensor, config: DistortionConfig, generator: torch.Generator) -> Tensor:
+def distort(image: Tensor, config: DistortionConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """A distorted copy, every picture of the batch in its own way. Channels move together: stack what belongs together.
 
     Args:
@@ -25,10 +25,11 @@ def distort(image: Tensor, config: DistortionConfig, generator: torch.Generator)
         generator: on the CPU; the only source of randomness.
 
     Returns:
-        B,C,H,W float32.
+        The copy B,C,H,W float32, and its backward grid B,2,H,W: the copy's pixel p shows `image` at grid[p].
     """
     batch, _, height, width = image.shape
-    return apply_grid(image, random_grid(batch, height, width, config, generator).to(image.device))
+    grid = random_grid(batch, height, width, config, generator).to(image.device)
+    return apply_grid(image, grid), grid
 
 
 def random_grid(batch: int, height: int, width: int, config: DistortionConfig, generator: torch.Generator) -> Tensor:

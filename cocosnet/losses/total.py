@@ -15,6 +15,7 @@ def loss_weights(config: LossConfig) -> dict[str, float]:
     return {
         "align": config.align,  # lambda_1, Eq. 11
         "corr": config.corr,  # lambda_2, Eq. 12
+        "match": config.match,  # not in the paper
         "map": config.map,  # lambda_3, Eq. 13-14
         "sem": config.sem * perceptual,  # lambda_4, Eq. 15
         "contextual": config.contextual * perceptual,  # lambda_4 u_m, Eq. 16

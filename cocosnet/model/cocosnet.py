@@ -81,6 +81,10 @@ class CoCosNet(nn.Module):
             image = torch.cat([pad_to_multiple(image, self.multiple), pad_to_multiple(condition, self.multiple)], dim=1)
         return self.image_encoder(pad_to_multiple(image, self.multiple))
 
+    def compared(self, out: Output) -> tuple[list[Tensor], list[Tensor]]:
+        """What matching compared: both pyramids of features, projected. B,channels,h,w float32 each, unit length."""
+        return self.hierarchy.project(out.features_x), self.hierarchy.project(out.features_y)
+
     def translate(self, warps: list[Tensor], condition: Tensor) -> Tensor:
         """G, Eq. 10: warps coarse to fine (padded sizes) and the padded condition to B,3,H,W in [-1, 1]."""
         guide = join_warps(warps, condition.shape[-2:])

@@ -124,7 +124,7 @@ class Hierarchy(nn.Module):
     def __init__(self, widths: tuple[int, ...], config: MatchingConfig):
         super().__init__()
         self.projections = nn.ModuleList(Projection(width, config.channels) for width in widths)
-        self.exact_everywhere = config.backend == "exact"
+        self.exact_everywhere, self.temperature = config.backend == "exact", config.temperature
         self.coarse = ExactLevel(config)
         self.fine = nn.ModuleList(_fine_levels(len(widths) - 1, config))
         self.depth = len(widths)  # levels that are matched; a finer one has its coarser one's matches, enlarged
@@ -143,6 +143,10 @@ class Hierarchy(nn.Module):
             else:
                 levels.append(self.fine[index - 1](levels[-1].matches, x, y, picture))
         return levels
+
+    def project(self, features: list[Tensor]) -> list[Tensor]:
+        """What every level compares of one side's features: L maps B,channels,h,w float32, unit length."""
+        return [project(x) for project, x in zip(self.projections, features, strict=True)]
 
 
 def _enlarged(level: Level, size: torch.Size) -> Level:

@@ -26,13 +26,15 @@ _ORDER, _DRAW = 0, 1  # which stream of random numbers: the order of an epoch, o
 @dataclass
 class Batch:
     """One step's pictures, S x S each: condition x_A B,C,S,S in [0, 1]; image x_B and exemplar B,3,S,S in [-1, 1];
-    exemplar_condition B,C,S,S; pseudo B, 1 where the exemplar is a distorted x_B and 0 where it is another picture."""
+    exemplar_condition B,C,S,S; pseudo B, 1 where the exemplar is a distorted x_B and 0 where it is another picture;
+    field B,2,S,S: a pseudo exemplar's pixel p shows x_B at field(p), (y, x) in px; 0 for another picture."""
 
     condition: Tensor
     image: Tensor
     exemplar: Tensor
     exemplar_condition: Tensor
     pseudo: Tensor
+    field: Tensor
 
     def to(self, device: torch.device) -> Batch:
         """The same on `device`, pictures channels-last, which convolutions are quickest at."""
@@ -101,16 +103,19 @@ def make_sample(item: Mapping[str, Any], config: Config, *, pseudo: bool, genera
     channels = item["condition"].shape[0]
     own = _crop(torch.cat([item["condition"], item["image"]]), config.data.size, item["id"], generator)
     if pseudo or item.get("exemplar") is None:
-        other, pseudo = distort(own[None], config.distortion, generator)[0], True
+        (other,), field = distort(own[None], config.distortion, generator)
+        pseudo = True
     else:
         other = torch.cat([item["exemplar_condition"], item["exemplar"]])
         other = _crop(other, config.data.size, item["id"], generator)
+        field = own.new_zeros(1, 2, *own.shape[-2:])
     return Batch(
         condition=own[None, :channels],
         image=own[None, channels:],
         exemplar=other[None, channels:],
         exemplar_condition=other[None, :channels],
         pseudo=torch.tensor([float(pseudo)]),
+        field=field,
     )
 
 

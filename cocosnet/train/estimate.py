@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cocosnet.config import Config
 from cocosnet.losses.perceptual import SHAPES, Vgg
+from cocosnet.model.warp import pixel_grid
 from cocosnet.precision import pick_precision
 from cocosnet.train.batches import Batch
 from cocosnet.train.networks import Networks, build_networks, speed_up
@@ -95,7 +96,8 @@ def _random_batch(config: Config, size: int) -> Batch:
     generator, channels = torch.Generator().manual_seed(0), config.data.condition_channels
     condition, other = (torch.rand(1, channels, size, size, generator=generator) for _ in range(2))
     image, exemplar = (torch.rand(1, 3, size, size, generator=generator) * 2 - 1 for _ in range(2))
-    return Batch(condition, image, exemplar, other, torch.ones(1))
+    field = pixel_grid(size, size).unsqueeze(0)
+    return Batch(condition, image, exemplar, other, torch.ones(1), field)
 
 
 def _all(networks: Networks) -> list[nn.Module]:

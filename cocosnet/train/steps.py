@@ -13,6 +13,7 @@ from cocosnet.losses import adversarial, appearance, semantic
 from cocosnet.losses.align import align_loss
 from cocosnet.losses.correspondence import correspondence_loss
 from cocosnet.losses.mapping import mapping_loss
+from cocosnet.losses.match import match_loss
 from cocosnet.losses.total import loss_weights, total_loss
 from cocosnet.model.cocosnet import Output
 from cocosnet.train.batches import Batch
@@ -127,6 +128,9 @@ def generator_losses(
         parts["corr"] = correspondence_loss(
             out.iteration_warps, batch.image, batch.pseudo, config.iteration_decay, count
         )
+        if config.match:
+            compared = model.compared(out)
+            parts["match"] = match_loss(*compared, batch.field, batch.pseudo, model.hierarchy.temperature, count)
     if networks.mapping is not None:
         mapped = networks.mapping(out.features_x), networks.mapping(out.features_y)
         parts["map"] = mapping_loss(mapped[0], batch.image, mapped[1], batch.exemplar)
