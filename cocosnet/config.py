@@ -107,8 +107,8 @@ class MatchingConfig:
     propagation: bool = True  # Eq. 5; off for the second row of Table 5
     refinement: str = "gru"  # gru (Eq. 6), conv (third row of Table 5) or none (first row)
     hidden: int = 32  # channels of the ConvGRU's state (release)
-    # coarse matches that a level starts from: best (a quarter of K, with four children each: nearer to the truth where
-    # many places look alike) or all (one child each: nearer to the most alike of all places)
+    # what a level starts from: best (the four children of a quarter of the K coarse matches: nearer to the truth where
+    # many places look alike) or all (the K best of the children of all K: nearer to the most alike of all places)
     start: str = "best"
     # what the refinement is told of offsets and scores: relative (to each other, in px), or absolute (over the
     # map's size), which models have whose file does not say; both ours

@@ -196,6 +196,12 @@ def test_iterations_at_once_the_order_and_the_warp_agree_with_the_reference(
     filled = torch.isfinite(ours.scores)
     found = patchmatch.cosine(x, y, ours.positions)[filled]
     torch.testing.assert_close(found, ours.scores[filled], atol=2e-6, rtol=1e-5)
+    coarse = field(seed + 4, batch, candidates, -(-height // 2), -(-width // 2), (-(-rows // 2), -(-columns // 2)))
+    coarse = coarse.round() if whole else coarse
+    ours, started = compiled.descend(coarse, x, y), patchmatch.descend(coarse, x, y)
+    torch.testing.assert_close(ours.scores, started.scores, atol=2e-6, rtol=1e-5)
+    found = patchmatch.cosine(x, y, ours.positions)[torch.isfinite(ours.scores)]
+    torch.testing.assert_close(found, ours.scores[torch.isfinite(ours.scores)], atol=2e-6, rtol=1e-5)
     shuffled = torch.randperm(candidates, generator=torch.Generator().manual_seed(seed))
     mixed = Matches(expected.positions[:, shuffled], expected.scores[:, shuffled])
     picture = unit(seed + 3, batch, 3, rows, columns)
@@ -351,6 +357,17 @@ def test_an_odd_shift_is_found_at_every_level_by_propagation_alone():
     offsets = (levels[-1].matches.positions[0, 0] - pixel_grid(24, 24))[:, :-6, :-6]
     right = (offsets.round() == torch.tensor(shift).view(2, 1, 1)).all(0).float().mean()
     assert right > 0.9
+
+
+def test_a_level_may_start_from_the_best_children_of_all_coarse_matches():
+    """The right coarse match is the last of three; its child at the own corner comes first."""
+    x = y = unit(5, 1, 8, 4, 6)
+    identity = pixel_grid(2, 3).unsqueeze(0)
+    coarse = torch.stack([(identity + 1).clamp(max=1), torch.zeros_like(identity), identity], dim=1)
+    found = patchmatch.descend(coarse, x, y)
+    assert torch.equal(found.positions[0, 0], pixel_grid(4, 6))
+    torch.testing.assert_close(found.scores[:, 0], torch.ones(1, 4, 6))
+    assert (found.scores.diff(dim=1) <= 0).all()
 
 
 def test_the_warp_teaches_the_refinement_where_to_look():

@@ -10,7 +10,6 @@ from scipy.ndimage import map_coordinates
 from cocosnet.model.warp import (
     child_positions,
     clamp_positions,
-    one_child_each,
     pixel_grid,
     sample,
     soft_warp,
@@ -81,15 +80,6 @@ def test_the_children_of_a_match_are_the_four_fine_pixels_of_its_pixel_own_corne
         assert sorted(found[:4, :, i, j].tolist()) == [[10, 14], [10, 15], [11, 14], [11, 15]]
         assert sorted(found[4:, :, i, j].tolist()) == [[0, 4], [0, 5], [1, 4], [1, 5]]
     assert torch.equal(child_positions(coarse[:, :1], 2, 2), upsample_positions(coarse[:, :1], 2, 2))
-
-
-def test_a_finer_level_starts_with_one_child_of_every_match_a_different_one_in_turn():
-    coarse = torch.tensor([[5.0, 7.0], [0.0, 2.5], [1.0, 1.0], [3.0, 0.0], [9.0, 9.0]]).view(1, 5, 2, 1, 1)
-    found = one_child_each(coarse, 2, 2)[0]
-    for i, j in [(0, 0), (0, 1), (1, 0), (1, 1)]:
-        assert found[:, :, i, j].tolist() == [[10, 14], [0, 6], [3, 2], [7, 1], [18, 18]]
-    offsets = found - pixel_grid(2, 2)
-    assert len({tuple(o) for o in offsets[0].flatten(1).T.tolist()}) == 4
 
 
 def test_the_warp_passes_numerical_gradient_checks():

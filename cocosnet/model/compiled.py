@@ -80,6 +80,20 @@ def propagate(
     return Matches(_outer(torch.from_numpy(found)), torch.from_numpy(strengths).permute(0, 3, 1, 2))
 
 
+@torch.no_grad()
+@_torch_threads()
+def descend(coarse_positions: Tensor, features_x: Tensor, features_y: Tensor) -> Matches:
+    """`patchmatch.descend`: the same arguments and result, up to ties and rounding of sums."""
+    fx, fy, blocks = _features(features_x, features_y)
+    parents = _inner(coarse_positions)
+    shape = (features_x.shape[0], *features_x.shape[-2:], *parents.shape[-2:])
+    state, limits = _state(shape), tuple(features_y.shape[-2:])
+    _descend(fx, fy, parents, parents.shape[1:3], shape, limits, blocks, _desks(shape), state)
+    found, strengths = np.empty(shape, np.float32), np.empty(shape[:-1], np.float32)
+    _leave(shape, *state[:2], found, strengths)
+    return Matches(_outer(torch.from_numpy(found)), torch.from_numpy(strengths).permute(0, 3, 1, 2))
+
+
 @_torch_threads()
 def evaluate(positions: Tensor, features_x: Tensor, features_y: Tensor) -> Matches:
     """`patchmatch.evaluate`: the same arguments, result and gradients."""
@@ -491,6 +505,56 @@ def _enter(fx, fy, field, known, shape, limits, blocks, desks, state):
             _desk(desks, line),
             _pointers(state, False),
         )
+
+
+@njit
+def _clear(desk, slots, candidates):
+    """A desk of empty slots. Returns the lowest score."""
+    floats, numbers = desk
+    for k in range(slots):
+        floats[k], floats[slots + k], numbers[k] = 0, NOWHERE, NOWHERE
+        floats[2 * slots + k] = EMPTY if k < candidates else -EMPTY
+    return EMPTY
+
+
+@njit
+def _children(parents, source, count, limits, room):
+    """The four children of `count` matches, at most a quarter of a vector, as positions inside the map.
+
+    `room` holds two vectors. Returns rows, columns and the set of those that are there.
+    """
+    for k in range(4 * count):
+        n = 2 * (source + k // 4)
+        room[k], room[LANES + k] = 2 * parents[n] + (k // 2) % 2, 2 * parents[n + 1] + k % 2
+    ys, xs = lanes.load(room, 0), lanes.load(room, LANES)
+    return _clamped(ys, limits[0]), _clamped(xs, limits[1]), np.int64((1 << (4 * count)) - 1)
+
+
+@njit
+def _descend_line(fx, fy, parents, coarse, shape, limits, blocks, line, desk, state):
+    """A line of pixels of `_descend`."""
+    _, height, width, candidates, _ = shape
+    slots, quarter = -(-candidates // LANES) * LANES, LANES // 4
+    row = line // height * coarse[0] + line % height // 2
+    for j in range(width):
+        pixel, low = line * width + j, _clear(desk, slots, candidates)
+        here = fx, pixel * LANES * len(blocks), fy, line // height
+        source = (row * coarse[1] + j // 2) * candidates
+        for first in range(0, candidates, quarter):
+            count = min(quarter, candidates - first)
+            room = lanes.advanced(desk[0], 3 * slots)
+            low = _offer(
+                here, limits, desk, slots, *_children(parents, source + first, count, limits, room), low, blocks
+            )
+        _put_back(desk, slots, state[0], state[1], pixel)
+
+
+@njit(parallel=True, cache=True)
+def _descend(fx, fy, parents, coarse, shape, limits, blocks, desks, state):
+    """Positions and scores of a state: of all children of coarse matches B,`coarse`,K,2, the K best."""
+    for line in prange(shape[0] * shape[1]):
+        given = lanes.pointer(fx), lanes.pointer(fy), lanes.pointer(parents)
+        _descend_line(*given, coarse, shape, limits, blocks, line, _desk(desks, line), _pointers(state, False))
 
 
 @njit

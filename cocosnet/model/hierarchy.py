@@ -17,7 +17,7 @@ from cocosnet.model.convgru import Refinement
 from cocosnet.model.exact import exact_top_k, exact_warp
 from cocosnet.model.matches import Matches
 from cocosnet.model.patchmatch import Engine, select_engine
-from cocosnet.model.warp import child_positions, downsample, one_child_each, upsample_positions
+from cocosnet.model.warp import child_positions, downsample, upsample_positions
 
 
 @dataclass
@@ -70,19 +70,19 @@ class PatchMatchLevel(nn.Module):
         super().__init__()
         self.iterations, self.temperature = config.iterations, config.temperature
         self.backend, self.propagation = config.backend, config.propagation
-        self.start = one_child_each if config.start == "all" else child_positions
+        self.start = config.start
         self.refinement, self.checkpoint = refinement, config.checkpoint
 
     def forward(self, coarse: Matches, features_x: Tensor, features_y: Tensor, exemplar: Tensor) -> Level:
         """coarse: H_{l-1}; features B,C,h,w and B,C,H,W of unit length; exemplar B,3,H,W."""
-        positions = self.start(coarse.positions.detach(), *features_x.shape[-2:])
-        engine = select_engine(self.backend, features_x, positions.shape[1])
+        engine = select_engine(self.backend, features_x, coarse.positions.shape[1])
         # Channels last is how engines and convolutions read them: once a level instead of once an iteration.
         x, y = (f.contiguous(memory_format=torch.channels_last) for f in (features_x, features_y))
+        positions, scores = self._first(engine, coarse.positions.detach(), x.detach(), y.detach())
         if self.refinement is None and self.propagation and not torch.is_grad_enabled() and not self.training:
-            matches = engine.propagate(positions, x, y, iterations=self.iterations)
+            matches = engine.propagate(positions, x, y, scores, self.iterations)
             return Level(matches, [engine.soft_warp(exemplar, matches.positions, matches.scores, self.temperature)])
-        state, warps, scores = None, [], None
+        state, warps = None, []
         for iteration in range(self.iterations):
             state, matches = self.iterate(engine, state, positions.detach(), x, y, scores)
             scores = matches.scores.detach()
@@ -90,6 +90,13 @@ class PatchMatchLevel(nn.Module):
                 warps.append(engine.soft_warp(exemplar, matches.positions, matches.scores, self.temperature))
             positions = matches.positions
         return Level(engine.best_first(matches), warps)
+
+    def _first(self, engine: Engine, coarse: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """H_0 of the level from the coarser one's matches, and its scores where they are known by then."""
+        if self.start == "all":
+            matches = engine.descend(coarse, x, y)
+            return matches.positions, matches.scores
+        return child_positions(coarse, *x.shape[-2:]), None
 
     def iterate(
         self,

@@ -49,6 +49,19 @@ def propagate(
     return matches
 
 
+@torch.no_grad()
+def descend(coarse_positions: Tensor, features_x: Tensor, features_y: Tensor) -> Matches:
+    """Start a finer level: of the four fine pixels of each of the K coarse matches, the K best.
+
+    coarse_positions B,K,2,h/2,w/2 (rounded up); features as for `propagate`. Returns K distinct matches, best first.
+    """
+    height, width = features_x.shape[-2:]
+    corners = coarse_positions.new_tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).view(1, 1, 4, 2, 1, 1)
+    children = (2 * coarse_positions.unsqueeze(2) + corners).flatten(1, 2)
+    children = children.repeat_interleave(2, dim=-2).repeat_interleave(2, dim=-1)[..., :height, :width]
+    return best_distinct(children, features_x, features_y, coarse_positions.shape[1])
+
+
 def neighbour_candidates(positions: Tensor, axis: int) -> Tensor:
     """Own matches and those of the two neighbours along `axis` (-1 columns, -2 rows), continued by one pixel.
 
@@ -131,6 +144,7 @@ class Engine:
     name: str
     propagate: Callable[..., Matches]
     evaluate: Callable[[Tensor, Tensor, Tensor], Matches]
+    descend: Callable[[Tensor, Tensor, Tensor], Matches] = descend
     best_first: Callable[[Matches], Matches] = best_first
     soft_warp: Callable[[Tensor, Tensor, Tensor, float], Tensor] = soft_warp
 
@@ -175,7 +189,8 @@ def _compiled() -> Engine | None:
     except (ImportError, RuntimeError) as error:  # absent, too old for this NumPy, or no folder for its cache
         logger.warning("matching runs on its slow reference engine, since numba does not load (%s)", error)
         return None
-    return Engine("compiled", compiled.propagate, compiled.evaluate, compiled.best_first, compiled.soft_warp)
+    names = ("propagate", "evaluate", "descend", "best_first", "soft_warp")
+    return Engine("compiled", *(getattr(compiled, name) for name in names))
 
 
 def _triton(features: Tensor, candidates: int) -> Engine | None:

@@ -89,18 +89,6 @@ def child_positions(positions_BK2hw: Tensor, height: int, width: int) -> Tensor:
     return children[:, :height, :width, :candidates].permute(0, 3, 4, 1, 2)
 
 
-def one_child_each(positions_BK2hw: Tensor, height: int, width: int) -> Tensor:
-    """Start a finer level from all K coarse matches, each with one of its four children, another one in turn.
-
-    The four fine pixels of a coarse one try the same child of a match. They stand at different corners, so their
-    offsets differ, and propagation lets each try the others'. Returns B,K,2,height,width, not clamped, best first.
-    """
-    corners = positions_BK2hw.new_tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
-    turns = corners[torch.arange(positions_BK2hw.shape[1]) % 4]
-    children = 2 * positions_BK2hw + turns.view(1, -1, 2, 1, 1)
-    return children.repeat_interleave(2, dim=-2).repeat_interleave(2, dim=-1)[..., :height, :width]
-
-
 def downsample(image_BCHW: Tensor, factor: int) -> Tensor:
     """Average `factor` x `factor` pixels, the arrow of Eq. 12; sizes must be multiples of `factor`."""
     return image_BCHW if factor == 1 else F.avg_pool2d(image_BCHW, factor)
