@@ -53,8 +53,13 @@ def matching(
     candidates: Annotated[int, Option("--candidates", metavar="K", min=1, help="Matches kept a pixel.")] = 16,
     iterations: Annotated[int, Option("--iterations", metavar="T", min=1, help="Iterations a level.")] = 5,
     start: Annotated[
-        str, Option("--start", metavar="best|all", help="As model.matching.start; a model's own where it is one's.")
-    ] = "best",
+        str,
+        Option(
+            "--start",
+            metavar="best|all",
+            help="As model.matching.start; a trained model has its own. all comes nearest to the exact engine.",
+        ),
+    ] = "all",
     repeats: Annotated[int, Option("--repeats", metavar="N", min=1, help="Timings, of which the least counts.")] = 1,
     baseline: Annotated[
         bool, Option("--baseline/--no-baseline", help="Time the release's arithmetic too, for the speedup.")

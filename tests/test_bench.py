@@ -145,6 +145,18 @@ def test_without_distortion_every_level_is_right_and_as_good_as_exact():
         assert level["similarity"] == pytest.approx(level["exact_similarity"], abs=1e-3)
 
 
+def test_on_a_real_portrait_the_search_comes_near_the_exact_engine(shared):
+    """Mean cosine within 1 % at every level, and at least as many pixels within 1 px of the truth (less 2 points)."""
+    arguments = ("--features", "vgg16", "--limit", "1", "--no-baseline", "--json", "-q")
+    weights = {"COCOSCTL_WEIGHTS_DIR": str(shared / "weights")}
+    result = run("bench", "matching", shared / "data" / "portraits512", *arguments, **weights)
+    levels = json.loads(result.stdout)["levels"]
+    assert [level["side"] for level in levels] == [64, 128, 256, 512]
+    for level in levels:
+        assert level["similarity"] > 0.99 * level["exact_similarity"]
+        assert level["sample_within_1px"] > level["exact_within_1px"] - 0.02
+
+
 def test_the_exact_engine_finds_every_nearest_neighbour():
     settings = BenchSettings(size=32, coarse=16, matching=MatchingConfig(backend="exact"))
     result = bench_matching([DEMO / "hopper.jpg"], settings, CPU)

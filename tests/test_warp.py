@@ -12,6 +12,7 @@ from cocosnet.model.warp import (
     clamp_positions,
     pixel_grid,
     sample,
+    scattered_positions,
     soft_warp,
     upsample_positions,
 )
@@ -80,6 +81,17 @@ def test_the_children_of_a_match_are_the_four_fine_pixels_of_its_pixel_own_corne
         assert sorted(found[:4, :, i, j].tolist()) == [[10, 14], [10, 15], [11, 14], [11, 15]]
         assert sorted(found[4:, :, i, j].tolist()) == [[0, 4], [0, 5], [1, 4], [1, 5]]
     assert torch.equal(child_positions(coarse[:, :1], 2, 2), upsample_positions(coarse[:, :1], 2, 2))
+
+
+def test_scattered_positions_fill_the_map_evenly_for_any_pixel_and_for_all():
+    found = scattered_positions(16, torch.Size((8, 8)), torch.Size((32, 24)))
+    assert found.shape == (1, 16, 2, 8, 8) and torch.equal(found, found.floor())
+    rows, columns = found[0].unbind(1)
+    cells = (rows // 8 * 4 + columns // 6).long()  # of a grid of 4x4
+    assert cells.min() >= 0 and rows.max() < 32 and columns.max() < 24
+    together = torch.bincount(cells.flatten(), minlength=16)
+    assert together.min() > 55 and together.max() < 73  # 64 on average
+    assert min(len(cells[:, i, j].unique()) for i in range(8) for j in range(8)) >= 10
 
 
 def test_the_warp_passes_numerical_gradient_checks():

@@ -88,7 +88,8 @@ def descend(coarse_positions: Tensor, features_x: Tensor, features_y: Tensor) ->
     parents = _inner(coarse_positions)
     shape = (features_x.shape[0], *features_x.shape[-2:], *parents.shape[-2:])
     state, limits = _state(shape), tuple(features_y.shape[-2:])
-    _descend(fx, fy, parents, parents.shape[1:3], shape, limits, blocks, _desks(shape), state)
+    scattered = _inner(warp.scattered_positions(shape[3], shape[1:3], limits))
+    _descend(fx, fy, (parents, scattered), parents.shape[1:3], shape, limits, blocks, _desks(shape), state)
     found, strengths = np.empty(shape, np.float32), np.empty(shape[:-1], np.float32)
     _leave(shape, *state[:2], found, strengths)
     return Matches(_outer(torch.from_numpy(found)), torch.from_numpy(strengths).permute(0, 3, 1, 2))
@@ -531,29 +532,39 @@ def _children(parents, source, count, limits, room):
 
 
 @njit
-def _descend_line(fx, fy, parents, coarse, shape, limits, blocks, line, desk, state):
+def _guesses(scattered, source, count, room):
+    """The `count` positions, at most a vector, from number `source` on; `room` and result as for `_children`."""
+    for k in range(count):
+        room[k], room[LANES + k] = scattered[2 * (source + k)], scattered[2 * (source + k) + 1]
+    return lanes.load(room, 0), lanes.load(room, LANES), np.int64((1 << count) - 1)
+
+
+@njit
+def _descend_line(fx, fy, fields, coarse, shape, limits, blocks, line, desk, state):
     """A line of pixels of `_descend`."""
     _, height, width, candidates, _ = shape
-    slots, quarter = -(-candidates // LANES) * LANES, LANES // 4
+    slots, quarter, (parents, scattered) = -(-candidates // LANES) * LANES, LANES // 4, fields
     row = line // height * coarse[0] + line % height // 2
     for j in range(width):
         pixel, low = line * width + j, _clear(desk, slots, candidates)
         here = fx, pixel * LANES * len(blocks), fy, line // height
-        source = (row * coarse[1] + j // 2) * candidates
+        source, room = (row * coarse[1] + j // 2) * candidates, lanes.advanced(desk[0], 3 * slots)
         for first in range(0, candidates, quarter):
             count = min(quarter, candidates - first)
-            room = lanes.advanced(desk[0], 3 * slots)
-            low = _offer(
-                here, limits, desk, slots, *_children(parents, source + first, count, limits, room), low, blocks
-            )
+            children = _children(parents, source + first, count, limits, room)
+            low = _offer(here, limits, desk, slots, *children, low, blocks)
+        source = (line % height * width + j) * candidates
+        for first in range(0, candidates, LANES):
+            guesses = _guesses(scattered, source + first, min(LANES, candidates - first), room)
+            low = _offer(here, limits, desk, slots, *guesses, low, blocks)
         _put_back(desk, slots, state[0], state[1], pixel)
 
 
 @njit(parallel=True, cache=True)
-def _descend(fx, fy, parents, coarse, shape, limits, blocks, desks, state):
-    """Positions and scores of a state: of all children of coarse matches B,`coarse`,K,2, the K best."""
+def _descend(fx, fy, fields, coarse, shape, limits, blocks, desks, state):
+    """Positions and scores of a state: the K best of all children of matches B,`coarse`,K,2 and of others h,w,K,2."""
     for line in prange(shape[0] * shape[1]):
-        given = lanes.pointer(fx), lanes.pointer(fy), lanes.pointer(parents)
+        given = lanes.pointer(fx), lanes.pointer(fy), (lanes.pointer(fields[0]), lanes.pointer(fields[1]))
         _descend_line(*given, coarse, shape, limits, blocks, line, _desk(desks, line), _pointers(state, False))
 
 

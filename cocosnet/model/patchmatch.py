@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cocosnet.errors import MissingDependency
 from cocosnet.model.matches import Matches
-from cocosnet.model.warp import clamp_positions, is_open, of_axes, sample, soft_warp
+from cocosnet.model.warp import clamp_positions, is_open, of_axes, sample, scattered_positions, soft_warp
 
 logger = logging.getLogger(__name__)
 AXES = (-1, -2)  # horizontal first, then vertical
@@ -51,15 +51,20 @@ def propagate(
 
 @torch.no_grad()
 def descend(coarse_positions: Tensor, features_x: Tensor, features_y: Tensor) -> Matches:
-    """Start a finer level: of the four fine pixels of each of the K coarse matches, the K best.
+    """Start a finer level: the K best of the four fine pixels of each of the K coarse matches, and of K scattered ones.
 
-    coarse_positions B,K,2,h/2,w/2 (rounded up); features as for `propagate`. Returns K distinct matches, best first.
+    The latter are what the coarse level could not know: a single pixel that hits a place much like its own hands it on
+    to all around it by propagation. coarse_positions B,K,2,h/2,w/2 (rounded up); features as for `propagate`.
+    Returns K distinct matches, best first.
     """
     height, width = features_x.shape[-2:]
+    count = coarse_positions.shape[1]
+    scattered = scattered_positions(count, (height, width), features_y.shape[-2:], features_x.device)
     corners = coarse_positions.new_tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).view(1, 1, 4, 2, 1, 1)
     children = (2 * coarse_positions.unsqueeze(2) + corners).flatten(1, 2)
     children = children.repeat_interleave(2, dim=-2).repeat_interleave(2, dim=-1)[..., :height, :width]
-    return best_distinct(children, features_x, features_y, coarse_positions.shape[1])
+    candidates = torch.cat([children, scattered.expand(len(children), -1, -1, -1, -1)], dim=1)
+    return best_distinct(candidates, features_x, features_y, count)
 
 
 def neighbour_candidates(positions: Tensor, axis: int) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+R2_STEPS = (3242174889, 2447445413)  # 2^32 over the plastic number and over its square, odd
+
 
 def is_open(size: int) -> bool:
     """Whether a size is a variable of a graph that is being exported. Nothing may be cut in pieces by it then."""
@@ -87,6 +89,18 @@ def child_positions(positions_BK2hw: Tensor, height: int, width: int) -> Tensor:
     # B,h,2,w,2,parents,4,2: in this order the next two lines copy nothing, and a pixel's candidates lie together.
     children = children.flatten(5, 6).flatten(3, 4).flatten(1, 2)
     return children[:, :height, :width, :candidates].permute(0, 3, 4, 1, 2)
+
+
+def scattered_positions(count: int, size: torch.Size, target: torch.Size, device: torch.device | None = None) -> Tensor:
+    """`count` whole positions in a map of `target` (H, W) for each pixel of one of `size` (h, w), others for each.
+
+    They look random and are not: the additive sequence of the plastic number (Roberts 2018, "R2"), in 32 bit integers,
+    which fills the map evenly whichever pixels are taken together. Returns 1,count,2,h,w float32.
+    """
+    height, width = size
+    number = torch.arange(height * width * count, device=device).view(height, width, count)
+    axes = [((number * step) % 2**32 * side) >> 32 for step, side in zip(R2_STEPS, target)]
+    return torch.stack(axes).permute(3, 0, 1, 2).unsqueeze(0).float()
 
 
 def downsample(image_BCHW: Tensor, factor: int) -> Tensor:
