@@ -38,9 +38,10 @@ def export(
     The file is run and compared with the model before it is kept: `within` is the share of pixels that agree to 1e-3.
     """
     sizes = _size(size, "--size"), _size(exemplar_size, "--exemplar-size")
-    from cocosnet.export import export_model
+    from cocosnet.export import export_model, format_of
 
     out = Output(as_json, quiet)
+    format_of(output)  # before a minute is announced
     out.note(f"exporting {weights}: this takes a minute or more")
     done = export_model(weights, output, *sizes, dynamic=dynamic)
     out.result(dataclasses.asdict(done))

@@ -113,7 +113,7 @@ def export_model(
         DataError: the file cannot be written.
         CocosError: what was written gives other pictures than the model. Nothing is kept then.
     """
-    start, form = time.perf_counter(), _format(path)
+    start, form = time.perf_counter(), format_of(path)
     program = Exportable(load_plain(weights))
     if form == "onnx" and 4 * sum(value.numel() for value in program.state_dict().values()) > ONNX_LIMIT:
         raise ConfigError(f"{shown(path)}: these weights are more than one ONNX file holds (2 GiB); export to .pt2")
@@ -160,7 +160,7 @@ def load_exported(path: str | Path) -> Callable[..., Tensors]:
         ConfigError: another suffix than .pt2 or .onnx.
         MissingDependency: onnxruntime is not there.
     """
-    if _format(path) == "torch.export":
+    if format_of(path) == "torch.export":
         return torch.export.load(path).module()
     runtime = _onnx_packages()["onnxruntime"]
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -183,7 +183,7 @@ def read_exported(path: str | Path) -> dict[str, Any]:
     """
     texts = dict.fromkeys((EXPORT_KEY, CONFIG_KEY), "")
     try:
-        if _format(path) == "torch.export":
+        if format_of(path) == "torch.export":
             torch.export.load(path, extra_files=texts)
         else:
             model = _onnx_packages()["onnx"].load(str(path), load_external_data=False)
@@ -229,7 +229,8 @@ def _resized(image: Tensor, size: Size) -> Tensor:
     return F.interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=True).clamp(-1, 1)
 
 
-def _format(path: str | Path) -> str:
+def format_of(path: str | Path) -> str:
+    """The format that a file's suffix chooses. Raises ConfigError or MissingDependency as `export_model`."""
     form = FORMATS.get(Path(path).suffix.lower())
     if form is None:
         raise ConfigError(f"{shown(path)}: the suffix chooses the format; give a name that ends in .pt2 or .onnx")
