@@ -6,6 +6,7 @@ channel counts are read off the tensors' shapes. What does not fit is listed, al
 
 from __future__ import annotations
 
+import logging
 import re
 import struct
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,7 @@ from cocosnet.config import Config, config_from_dict
 from cocosnet.errors import CheckpointError
 from cocosnet.model.release import ReleaseCoCosNet
 
+logger = logging.getLogger(__name__)
 _SIGNS = (  # a key that only one of the networks has, and the prefix of that network's keys in ours
     ("adaptive_model_seg.layer1.0.weight", ""),
     ("conv_img.weight", "translator."),
@@ -147,17 +149,22 @@ def _filled(tensors: dict[str, Tensor], compat: str = "release") -> ReleaseCoCos
         raise CheckpointError(f"not the release's networks: {error} is missing or has no such dimension") from error
     with torch.device("meta"):
         model = ReleaseCoCosNet(config)
-    faults = fit_faults(model.state_dict(), tensors) + _unshared(tensors)
+    faults = fit_faults(model.state_dict(), tensors)
     if faults:
         raise CheckpointError(_listed("the release's files do not fit each other or its networks", faults))
-    model.load_state_dict(tensors, assign=True)
+    model.load_state_dict(tensors | _shared(tensors), assign=True)
     return model.eval().requires_grad_(False)
 
 
-def _unshared(tensors: dict[str, Tensor]) -> list[str]:
-    """The release has one PReLU in each residual block and saves it twice; two different ones are another network."""
-    pairs = [(name, name.replace(".relu.", ".model.3.")) for name in tensors if name.endswith(".1.relu.weight")]
-    return [f"{a} and {b} differ" for a, b in pairs if b in tensors and not torch.equal(tensors[a], tensors[b])]
+def _shared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The release has one PReLU in each residual block and saves it twice. Where the two differ, which is said, the one
+    that PyTorch would load last counts, as in the release's own code."""
+    pairs = {name: name.replace(".relu.", ".model.3.") for name in tensors if name.endswith(".1.relu.weight")}
+    differing = [name for name, other in pairs.items() if not torch.equal(tensors[name], tensors[other])]
+    if differing:
+        text = "%s and %d others were saved twice and differ; the second counts"
+        logger.warning(text, differing[0], len(differing) - 1)
+    return {name: tensors[other] for name, other in pairs.items()}
 
 
 def _listed(head: str, faults: Sequence[str]) -> str:
