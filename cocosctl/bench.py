@@ -104,6 +104,7 @@ def ablation(
     features: Features = "colour",
     size: Annotated[int, Option("--size", metavar="PX", min=16, help="Side of the pictures.")] = 128,
     coarse: Annotated[int, Option("--coarse", metavar="PX", min=4, help="Side of the exact level.")] = 32,
+    hidden: Annotated[int, Option("--hidden", metavar="N", min=1, help="Channels of the refinement's state.")] = 16,
     steps: Annotated[int, Option("--steps", metavar="N", min=1, help="Training steps of a row.")] = 150,
     seeds: Annotated[int, Option("--seeds", metavar="N", min=1, help="Runs of every row, with seeds 1 to N.")] = 3,
     as_json: options.Json = False,
@@ -120,7 +121,7 @@ def ablation(
     from cocosnet.files import atomic_write
 
     out = Output(as_json, quiet)
-    settings = AblationSettings(size=size, coarse=coarse, features=features, steps=steps)
+    settings = AblationSettings(size=size, coarse=coarse, features=features, hidden=hidden, steps=steps)
     results = []
     with out.progress("rows", seeds * len(rows_of(settings))) as advance:
         for result in run_ablation(_pictures(pictures), settings, range(1, seeds + 1), output):

@@ -1,12 +1,13 @@
 """Memory of matching with gradients, by size: `python docs/measure_memory.py [SIZE ...]` (by default 128 256 512).
 
-Matching alone (C = 32, K = 16, T = 5, a ConvGRU of 32 channels, four levels) on random features, Eq. 12 and its
-backward pass, without and with `model.matching.checkpoint`. A row a size on stdout: what a step adds to a process's
-memory at its peak, each in a process of its own, in MiB and in KiB a pixel.
+Matching alone, as in the preset `deepfashion-512` (four levels), on random features, Eq. 12 and its backward pass,
+without and with `model.matching.checkpoint`. A row a size on stdout: what a step adds to a process's memory at its
+peak, each in a process of its own, in MiB and in KiB a pixel.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cocosnet.bench.machine import measured
-from cocosnet.config import MatchingConfig
+from cocosnet.config import load_config
 from cocosnet.losses.correspondence import correspondence_loss
 from cocosnet.model.hierarchy import Hierarchy
 
@@ -43,7 +44,8 @@ def peak(size: int, checkpoint: bool) -> float:
 def step(size: int, checkpoint: bool) -> None:
     """A forward and a backward pass of matching on a pair of `size` px."""
     torch.manual_seed(0)
-    matcher = Hierarchy((WIDTH,) * LEVELS, MatchingConfig(checkpoint=checkpoint)).train()
+    config = dataclasses.replace(load_config("deepfashion-512").model.matching, checkpoint=checkpoint)
+    matcher = Hierarchy((WIDTH,) * LEVELS, config).train()
     x, y = pyramid(size), pyramid(size)
     exemplar, target = torch.rand(2, 1, 3, size, size) * 2 - 1
     levels = matcher(x, y, exemplar)
