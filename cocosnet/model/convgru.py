@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cocosnet.config import MatchingConfig
+from cocosnet.model.layers import in_bands, join_channels
 from cocosnet.model.matches import Matches
 from cocosnet.model.warp import of_axes, pixel_grid, sample
 
@@ -30,8 +31,8 @@ class ConvGRU(nn.Module):
 
     def forward(self, state: Tensor, x: Tensor) -> Tensor:
         """One step: z, r, the proposal, and their blend. Returns the new state."""
-        z, r = torch.sigmoid(self.gates(torch.cat([state, x], 1))).chunk(2, dim=1)
-        proposal = torch.tanh(self.proposal(torch.cat([r * state, x], 1)))
+        z, r = torch.sigmoid(self.gates(join_channels(state, x))).chunk(2, dim=1)
+        proposal = torch.tanh(self.proposal(join_channels(r * state, x)))
         return (1 - z) * state + z * proposal
 
 
@@ -50,18 +51,15 @@ class MatchEncoder(nn.Module):
         self.motion = nn.Conv2d(3 * config.candidates, hidden, 3, padding=1)
         self.join = nn.Conv2d(2 * hidden, hidden, 3, padding=1)
 
-    def forward(self, matches: Matches, features_x: Tensor, features_y: Tensor, top: int = 0) -> Tensor:
+    def forward(self, grid: Tensor, matches: Matches, features_x: Tensor, features_y: Tensor) -> Tensor:
         """Matches of K candidates, features B,C,h,w and B,C,H,W. Returns B,hidden,h,w.
 
-        top: the row of the level that the first row given belongs to.
+        grid: 2,h,w, the pixels' own positions in the level, of which these may be some rows.
         """
-        height, width = features_x.shape[-2:]
-        grid = pixel_grid(height, width, features_x.device)
-        grid[0] += top
         motion = self.motion_of(matches.positions - grid, matches.scores, features_y.shape[-2:])
         best = sample(features_y, matches.positions[:, :1]).squeeze(2)
-        appearance = torch.cat([features_x, best], dim=1)
-        x = torch.cat([self.appearance(appearance), self.motion(motion)], dim=1)
+        appearance = join_channels(features_x, best)
+        x = join_channels(self.appearance(appearance), self.motion(motion))
         return F.relu(self.join(F.relu(x)))
 
 
@@ -71,7 +69,7 @@ def absolute_motion(offsets: Tensor, scores: Tensor, size: torch.Size) -> Tensor
     offsets B,K,2,h,w in px; scores B,K,h,w; size (H, W). Returns B,3K,h,w.
     """
     offsets = offsets / of_axes(offsets, *size)
-    return torch.cat([offsets.flatten(1, 2), scores.clamp(min=-1)], dim=1)
+    return join_channels(offsets.flatten(1, 2), scores.clamp(min=-1))
 
 
 def relative_motion(offsets: Tensor, scores: Tensor, size: torch.Size) -> Tensor:
@@ -84,7 +82,7 @@ def relative_motion(offsets: Tensor, scores: Tensor, size: torch.Size) -> Tensor
     offsets = ((offsets - around) / OFFSET_UNIT).clamp(-2, 2)
     best, others = scores[:, :1].clamp(min=-1), scores[:, 1:]
     others = ((others - best) / SCORE_UNIT).clamp(-2, 2)
-    return torch.cat([offsets.flatten(1, 2), best, others], dim=1)
+    return join_channels(offsets.flatten(1, 2), best, others)
 
 
 class Refinement(nn.Module):
@@ -113,38 +111,31 @@ class Refinement(nn.Module):
         """Returns the new state B,hidden,h,w and dH B,K,2,h,w float32, in pixels of the level, within +-max_step.
 
         Without a gradient it goes band by band on a CPU, which gives the same in less time: a band stays in the cache.
-        A graph that is traced gets one map of whatever size.
         """
-        whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or features_x.is_cuda
-        if whole or features_x.shape[-2] <= BAND:
-            return self.refine(state, matches, features_x, features_y)
-        states, steps = zip(
-            *(self._band(state, matches, features_x, features_y, top) for top in range(0, features_x.shape[-2], BAND))
-        )
-        return torch.cat(states, dim=-2), torch.cat(steps, dim=-2)
+        grid = pixel_grid(*features_x.shape[-2:], features_x.device)
+        maps = [grid, matches.positions, matches.scores, features_x, *([] if state is None else [state])]
 
-    def _band(
-        self, state: Tensor | None, matches: Matches, features_x: Tensor, features_y: Tensor, top: int
-    ) -> tuple[Tensor, Tensor]:
-        """Rows top .. top + BAND of the result."""
-        first, size = max(top - HALO, 0), features_x.shape[-2]
-        last, bottom = min(top + BAND + HALO, size), min(top + BAND, size)
-        rows = (..., slice(first, last), slice(None))
-        part = Matches(matches.positions[rows], matches.scores[rows])
-        past = None if state is None else state[rows]
-        new, step = self.refine(past, part, features_x[rows], features_y, top=first)
-        kept = (..., slice(top - first, bottom - first), slice(None))
-        return new[kept], step[kept]
+        def refine(*rows: Tensor) -> tuple[Tensor, Tensor]:
+            return self.refine(features_y, *rows)
+
+        whole = torch.is_grad_enabled() or features_x.is_cuda
+        state, step = refine(*maps) if whole else in_bands(refine, maps, BAND, HALO)
+        return state, step.unflatten(1, (-1, 2))
 
     def refine(
-        self, state: Tensor | None, matches: Matches, features_x: Tensor, features_y: Tensor, top: int = 0
+        self,
+        features_y: Tensor,
+        grid: Tensor,
+        positions: Tensor,
+        scores: Tensor,
+        features_x: Tensor,
+        state: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The operator on a map, or on its rows from `top` on."""
-        x = self.encode(matches, features_x, features_y, top)
+        """The operator on a map or on some of its rows: the new state, and dH with (y, x) of each candidate in turn."""
+        x = self.encode(grid, Matches(positions, scores), features_x, features_y)
         state = x.new_zeros(x.shape[0], self.hidden, *x.shape[-2:]) if state is None else state
         state = self.memory(state, x)
-        step = self.max_step * torch.tanh(self.head(state).float())
-        return state, step.unflatten(1, (-1, 2))
+        return state, self.max_step * torch.tanh(self.head(state).float())
 
 
 class Memoryless(nn.Module):

@@ -132,6 +132,11 @@ def pad_to_multiple(x_BCHW: Tensor, multiple: int) -> Tensor:
     return F.pad(x_BCHW, (0, right, 0, bottom), mode="replicate") if bottom or right else x_BCHW
 
 
+def join_channels(*maps_BChw: Tensor) -> Tensor:
+    """`torch.cat` over the channels, with the result channels-last: several times quicker on a CPU where maps lie so."""
+    return torch.cat([x.permute(0, 2, 3, 1).contiguous() for x in maps_BChw], dim=3).permute(0, 3, 1, 2)
+
+
 def in_bands(
     function: Callable[..., tuple[Tensor, ...]], maps: Sequence[Tensor], rows: int, halo: int
 ) -> tuple[Tensor, ...]:
@@ -148,7 +153,15 @@ def in_bands(
     for top in range(0, height, rows):
         first, bottom = max(top - halo, 0), min(top + rows, height)
         results = function(*(x[..., first : min(bottom + halo, height), :] for x in maps))
-        whole = whole or tuple(part.new_empty(*part.shape[:-2], height, part.shape[-1]) for part in results)
+        whole = whole or tuple(_room(part, height) for part in results)
         for target, part in zip(whole, results):
             target[..., top:bottom, :] = part[..., top - first : bottom - first, :]
     return whole
+
+
+def _room(part: Tensor, height: int) -> Tensor:
+    """Room for a map of that many rows of which `part` is a band, in its layout."""
+    last = part.dim() == 4 and part.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    shape = (*part.shape[:-2], height, part.shape[-1])
+    return torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=layout)
