@@ -25,7 +25,7 @@ from cocosnet.weights import search_folders
 
 CONFIG_KEY = "cocosctl.config"
 ASSET_FOLDER = Path(__file__).parent / "assets"
-SHIPPED = ("demo", "facades-small")  # checkpoints inside the package, by name
+SHIPPED = ("demo", "facades-small", "fashion-small")  # checkpoints inside the package, by name
 
 
 def load_model(weights: str | Path, device: str = "auto") -> Model:

@@ -122,14 +122,15 @@ def test_the_demo_command_makes_every_picture_and_one_page(tmp_path):
         assert record.id in page
 
 
-def test_the_facades_model_is_small_and_paints_a_label_map_in_the_exemplars_colours():
-    """Two flat exemplars: the outputs for one label map take their different brightness."""
-    assert (ASSET_FOLDER / "facades-small.safetensors").stat().st_size < 16 << 20
-    model = cocosnet.load_model("facades-small", device="cpu")
-    assert (model.config.data.task, model.config.data.size) == ("mask", 64)
-    labels = torch.zeros(2, 13, 64, 64)
-    labels[:, 1], labels[:, 1, 16:32, 16:32], labels[:, 2, 16:32, 16:32] = 1, 0, 1
-    exemplars = torch.stack([torch.full((3, 64, 64), value) for value in (-0.6, 0.6)])
+@pytest.mark.parametrize(("name", "task", "size"), [("facades-small", "mask", 64), ("fashion-small", "pose", 64)])
+def test_a_shipped_model_is_small_and_paints_a_condition_in_the_exemplars_colours(name, task, size):
+    """Two flat exemplars: the outputs for one condition take their different brightness."""
+    assert (ASSET_FOLDER / f"{name}.safetensors").stat().st_size < 16 << 20
+    model = cocosnet.load_model(name, device="cpu")
+    assert (model.config.data.task, model.config.data.size) == (task, size)
+    condition = torch.zeros(2, model.config.data.condition_channels, size, size)
+    condition[:, 1], condition[:, 1, 16:32, 16:32], condition[:, 2, 16:32, 16:32] = 1, 0, 1
+    exemplars = torch.stack([torch.full((3, size, size), value) for value in (-0.6, 0.6)])
     with torch.no_grad():
-        dark, light = model(labels, exemplars).image.mean((1, 2, 3))
+        dark, light = model(condition, exemplars).image.mean((1, 2, 3))
     assert light - dark > 0.2
