@@ -56,10 +56,10 @@ def matching(
         str,
         Option(
             "--start",
-            metavar="best|all",
-            help="As model.matching.start; a trained model has its own. all comes nearest to the exact engine.",
+            metavar="best|wide",
+            help="As model.matching.start; a trained model has its own. wide comes nearer to the exact engine.",
         ),
-    ] = "all",
+    ] = "wide",
     repeats: Annotated[int, Option("--repeats", metavar="N", min=1, help="Timings, of which the least counts.")] = 1,
     baseline: Annotated[
         bool, Option("--baseline/--no-baseline", help="Time the release's arithmetic too, for the speedup.")

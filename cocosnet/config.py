@@ -108,7 +108,8 @@ class MatchingConfig:
     refinement: str = "gru"  # gru (Eq. 6), conv (third row of Table 5) or none (first row)
     hidden: int = 32  # channels of the ConvGRU's state (release)
     # what a level starts from: best (the four children of a quarter of the K coarse matches: nearer to the truth where
-    # many places look alike) or all (the K best of the children of all K: nearer to the most alike of all places)
+    # many places look alike) or wide (the K best of the children of K/2 and of K places scattered over the exemplar:
+    # nearer to the most alike of all places)
     start: str = "best"
     # what the refinement is told of offsets and scores: relative (to each other, in px), or absolute (over the
     # map's size), which models have whose file does not say; both ours
@@ -371,7 +372,7 @@ def _check(config: Config) -> None:
     _one_of("prepare.kind", config.prepare.kind, ("index", "colours", "ade20k-full", "celeba-parts"))
     _require(0 <= config.prepare.pad_value <= 255, "prepare.pad_value must be in 0..255")
     _one_of("model.matching.refinement", matching.refinement, ("gru", "conv", "none"))
-    _one_of("model.matching.start", matching.start, ("best", "all"))
+    _one_of("model.matching.start", matching.start, ("best", "wide"))
     _one_of("model.matching.inputs", matching.inputs, ("absolute", "relative"))
     _one_of("model.matching.compat", matching.compat, ("none", "release", "release-fixed"))
     _one_of("model.matching.backend", matching.backend, ("auto", "reference", "compiled", "triton", "exact"))

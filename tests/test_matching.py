@@ -359,11 +359,11 @@ def test_an_odd_shift_is_found_at_every_level_by_propagation_alone():
     assert right > 0.9
 
 
-def test_a_level_may_start_from_the_best_children_of_all_coarse_matches():
-    """The right coarse match is the last of three; its child at the own corner comes first."""
+def test_a_level_may_start_from_the_best_children_of_half_of_the_coarse_matches():
+    """The right coarse match is the second of three; its child at the own corner comes first."""
     x = y = unit(5, 1, 8, 4, 6)
     identity = pixel_grid(2, 3).unsqueeze(0)
-    coarse = torch.stack([(identity + 1).clamp(max=1), torch.zeros_like(identity), identity], dim=1)
+    coarse = torch.stack([(identity + 1).clamp(max=1), identity, torch.zeros_like(identity)], dim=1)
     found = patchmatch.descend(coarse, x, y)
     assert torch.equal(found.positions[0, 0], pixel_grid(4, 6))
     torch.testing.assert_close(found.scores[:, 0], torch.ones(1, 4, 6))

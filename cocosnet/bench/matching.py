@@ -177,10 +177,9 @@ def _rivalry(
 ) -> dict[str, Any] | None:
     """All PatchMatch levels by our engine without refinement and by the release's arithmetic, in turn.
 
-    Ours start as a model's do by default (`start: best`), whatever the settings say: from the coarser level's matches
-    alone, as the release's do. None where there is no PatchMatch level, or the release's grid cannot give K candidates.
+    None where there is no PatchMatch level, or the release's square grid cannot give K candidates.
     """
-    config = dataclasses.replace(source.config, refinement="none", start="best")
+    config = dataclasses.replace(source.config, refinement="none")
     if len(x) < 2 or config.backend == "exact" or not suits(config.candidates):
         return None
     plain = [source.levels[0], *(type(level)(config, None).eval() for level in source.levels[1:])]

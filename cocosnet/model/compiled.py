@@ -32,6 +32,7 @@ EMPTY = np.float32(-np.inf)
 NOWHERE = np.int32(-1)  # the pixel of an empty slot
 NEGLIGIBLE = np.float32(1e-9)  # times the largest weight: sixteen of them do not change a float32 in [-1, 1]
 SHORTEST = np.float32(patchmatch.SHORTEST)
+R2, SPAN = tuple(map(np.uint64, warp.R2_STEPS)), np.uint64(2**32)
 ROUND = np.float32(1.5 * 2**23)  # added and taken off again, it rounds half to even
 
 
@@ -88,8 +89,7 @@ def descend(coarse_positions: Tensor, features_x: Tensor, features_y: Tensor) ->
     parents = _inner(coarse_positions)
     shape = (features_x.shape[0], *features_x.shape[-2:], *parents.shape[-2:])
     state, limits = _state(shape), tuple(features_y.shape[-2:])
-    scattered = _inner(warp.scattered_positions(shape[3], shape[1:3], limits))
-    _descend(fx, fy, (parents, scattered), parents.shape[1:3], shape, limits, blocks, _desks(shape), state)
+    _descend(fx, fy, parents, parents.shape[1:3], shape, limits, blocks, _desks(shape), state)
     found, strengths = np.empty(shape, np.float32), np.empty(shape[:-1], np.float32)
     _leave(shape, *state[:2], found, strengths)
     return Matches(_outer(torch.from_numpy(found)), torch.from_numpy(strengths).permute(0, 3, 1, 2))
@@ -532,39 +532,41 @@ def _children(parents, source, count, limits, room):
 
 
 @njit
-def _guesses(scattered, source, count, room):
-    """The `count` positions, at most a vector, from number `source` on; `room` and result as for `_children`."""
+def _guesses(number, count, limits, room):
+    """`warp.scattered_positions` from this number on, `count` of them, at most a vector; `room` as for `_children`."""
     for k in range(count):
-        room[k], room[LANES + k] = scattered[2 * (source + k)], scattered[2 * (source + k) + 1]
+        for axis in range(2):
+            place = (np.uint64(number + k) * R2[axis]) % SPAN * np.uint64(limits[axis]) // SPAN
+            room[axis * LANES + k] = np.float32(np.int64(place))
     return lanes.load(room, 0), lanes.load(room, LANES), np.int64((1 << count) - 1)
 
 
 @njit
-def _descend_line(fx, fy, fields, coarse, shape, limits, blocks, line, desk, state):
+def _descend_line(fx, fy, parents, coarse, shape, limits, blocks, line, desk, state):
     """A line of pixels of `_descend`."""
     _, height, width, candidates, _ = shape
-    slots, quarter, (parents, scattered) = -(-candidates // LANES) * LANES, LANES // 4, fields
+    slots, quarter, parents_tried = -(-candidates // LANES) * LANES, LANES // 4, -(-candidates // 2)
     row = line // height * coarse[0] + line % height // 2
     for j in range(width):
         pixel, low = line * width + j, _clear(desk, slots, candidates)
         here = fx, pixel * LANES * len(blocks), fy, line // height
         source, room = (row * coarse[1] + j // 2) * candidates, lanes.advanced(desk[0], 3 * slots)
-        for first in range(0, candidates, quarter):
-            count = min(quarter, candidates - first)
+        for first in range(0, parents_tried, quarter):
+            count = min(quarter, parents_tried - first)
             children = _children(parents, source + first, count, limits, room)
             low = _offer(here, limits, desk, slots, *children, low, blocks)
-        source = (line % height * width + j) * candidates
+        number = (line % height * width + j) * candidates
         for first in range(0, candidates, LANES):
-            guesses = _guesses(scattered, source + first, min(LANES, candidates - first), room)
+            guesses = _guesses(number + first, min(LANES, candidates - first), limits, room)
             low = _offer(here, limits, desk, slots, *guesses, low, blocks)
         _put_back(desk, slots, state[0], state[1], pixel)
 
 
 @njit(parallel=True, cache=True)
-def _descend(fx, fy, fields, coarse, shape, limits, blocks, desks, state):
-    """Positions and scores of a state: the K best of all children of matches B,`coarse`,K,2 and of others h,w,K,2."""
+def _descend(fx, fy, parents, coarse, shape, limits, blocks, desks, state):
+    """Positions and scores of a state, from a coarser level's positions B,h,w,K,2; `coarse`: its (h, w)."""
     for line in prange(shape[0] * shape[1]):
-        given = lanes.pointer(fx), lanes.pointer(fy), (lanes.pointer(fields[0]), lanes.pointer(fields[1]))
+        given = lanes.pointer(fx), lanes.pointer(fy), lanes.pointer(parents)
         _descend_line(*given, coarse, shape, limits, blocks, line, _desk(desks, line), _pointers(state, False))
 
 

@@ -93,7 +93,7 @@ class PatchMatchLevel(nn.Module):
 
     def _first(self, engine: Engine, coarse: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """H_0 of the level from the coarser one's matches, and its scores where they are known by then."""
-        if self.start == "all":
+        if self.start == "wide":
             matches = engine.descend(coarse, x, y)
             return matches.positions, matches.scores
         return child_positions(coarse, *x.shape[-2:]), None

@@ -51,17 +51,18 @@ def propagate(
 
 @torch.no_grad()
 def descend(coarse_positions: Tensor, features_x: Tensor, features_y: Tensor) -> Matches:
-    """Start a finer level: the K best of the four fine pixels of each of the K coarse matches, and of K scattered ones.
+    """Start a finer level widely: the K best of the children of K/2 coarse matches and of K scattered places.
 
-    The latter are what the coarse level could not know: a single pixel that hits a place much like its own hands it on
-    to all around it by propagation. coarse_positions B,K,2,h/2,w/2 (rounded up); features as for `propagate`.
+    A match's children are the four fine pixels of its pixel; the best K/2 (rounded up) have theirs tried. The
+    scattered places are what the coarse level could not know: a single pixel that hits a place much like its own hands
+    it on to all around it by propagation. coarse_positions B,K,2,h/2,w/2 (rounded up); features as for `propagate`.
     Returns K distinct matches, best first.
     """
     height, width = features_x.shape[-2:]
     count = coarse_positions.shape[1]
     scattered = scattered_positions(count, (height, width), features_y.shape[-2:], features_x.device)
     corners = coarse_positions.new_tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).view(1, 1, 4, 2, 1, 1)
-    children = (2 * coarse_positions.unsqueeze(2) + corners).flatten(1, 2)
+    children = (2 * coarse_positions[:, : -(-count // 2)].unsqueeze(2) + corners).flatten(1, 2)
     children = children.repeat_interleave(2, dim=-2).repeat_interleave(2, dim=-1)[..., :height, :width]
     candidates = torch.cat([children, scattered.expand(len(children), -1, -1, -1, -1)], dim=1)
     return best_distinct(candidates, features_x, features_y, count)
