@@ -34,6 +34,7 @@ _RENAMED = (  # the correspondence network's parts
     (re.compile(r"^(theta|phi)_(\d)\."), r"hierarchy.\1.\2."),
     (re.compile(r"^patch_match\."), "hierarchy.patch_match."),
 )
+_SAVED_BY_PYTORCH = (b"PK", b"\x80")  # how a .pth starts: as a zip archive, or, until 1.6, as a pickle
 _UNUSED = re.compile(r"^discriminator_\d\.dec\.")  # a decoder that the release builds and never calls
 
 
@@ -66,6 +67,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: it cannot be read, or is not a flat dictionary of tensors.
     """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; give the release's .pth files, or .safetensors of them")
     try:
         if path.suffix == ".safetensors":
             state = load_file(str(path))
@@ -77,10 +80,19 @@ def read_state(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # the loader refuses anything but tensors with a class of its own
         if type(error).__name__ != "UnpicklingError":
             raise
-        raise CheckpointError(f"{path}: holds more than plain tensors, and what else is in it is not run") from error
+        raise CheckpointError(f"{path}: {_why_refused(path)}") from error
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise CheckpointError(f"{path}: not a state dict: expected names of tensors and nothing else")
     return {name.removeprefix("module."): value.float() for name, value in state.items()}
+
+
+def _why_refused(path: Path) -> str:
+    """What to say of a file that PyTorch's loader of plain tensors refuses: by its first bytes."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start.startswith(_SAVED_BY_PYTORCH):
+        return "holds more than plain tensors, and what else is in it is not run"
+    return "not a checkpoint; give a .pth that PyTorch saved, or .safetensors"
 
 
 def fold_spectral_norms(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_tools import lines, run
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cocosnet.checkpoint import load_model, save_model
@@ -256,8 +257,16 @@ def test_a_pickle_of_anything_else_is_refused(tmp_path):
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps(_Evil()))
     (tmp_path / "half.pth").write_bytes(b"PK\x03\x04 half")
     torch.save({"a": 1}, tmp_path / "number.pth")
-    for name in ("evil.pth", "evil.pkl", "half.pth", "number.pth", "none.pth"):
-        with pytest.raises(CheckpointError, match=name):
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    for name, said in {
+        "evil.pth": "holds more than plain tensors",
+        "evil.pkl": "holds more than plain tensors",
+        "half.pth": "not a readable checkpoint",
+        "number.pth": "not a state dict",
+        "none.pth": "no such file",
+        "photo.png": "not a checkpoint; give a .pth",
+    }.items():
+        with pytest.raises(CheckpointError, match=f"{name}: {said}"):
             convert_release([tmp_path / name])
 
 

@@ -251,9 +251,7 @@ def to_offsets(indices: Tensor, order: Tensor, size: torch.Size, columns: int) -
     return kept.transpose(1, 2).flatten(1, 2)
 
 
-def score(
-    offsets: Tensor, axis: int | None, x: Tensor, y: Tensor, rounded: bool = False
-) -> tuple[Tensor, Tensor]:
+def score(offsets: Tensor, axis: int | None, x: Tensor, y: Tensor, rounded: bool = False) -> tuple[Tensor, Tensor]:
     """Numbers of the pixels that candidates point to, and their dot products, B,hw,N int64 and float32.
 
     offsets B,2K,h,w; x B,C,h,w and y B,C,H,W. Along an `axis` the candidates of both neighbours join: N = 3K, else K.
