@@ -206,7 +206,7 @@ def _triton(features: Tensor, candidates: int) -> Engine | None:
         if module is not None and candidates > module.MAX_CANDIDATES:
             _say_too_many(candidates, module.MAX_CANDIDATES)
         return None
-    return Engine("triton", module.propagate, module.evaluate)
+    return Engine("triton", module.propagate, module.evaluate, module.descend)
 
 
 @functools.cache

@@ -1,8 +1,9 @@
 """The GPU engine: propagation and evaluation fused by Triton, one program for a block of pixels.
 
-Same results as `patchmatch.propagate` and `patchmatch.evaluate` (the definition). The K best distinct candidates of a
-pixel live in registers while all others are scored against them; no sampled feature is ever stored. Features may be
-float32, bfloat16 or float16; sums, scores and positions are float32, and pixels are numbered by integers.
+Same results as `patchmatch.propagate`, `patchmatch.descend` and `patchmatch.evaluate` (the definition). The K best
+distinct candidates of a pixel live in registers while all others are scored against them; no sampled feature is ever
+stored. Features may be float32, bfloat16 or float16; sums, scores and positions are float32, and pixels are numbered by
+integers.
 
 Layouts inside: features B,H,W,C and positions B,h,w,K,2, both contiguous, so that a candidate's C numbers lie together.
 In the kernels: P pixels of a block, S slots (K rounded up to a power of 2), C channels (likewise).
@@ -17,7 +18,7 @@ from torch import Tensor
 from triton import next_power_of_2
 
 from cocosnet.model.matches import Matches
-from cocosnet.model.warp import clamp_positions
+from cocosnet.model.warp import R2_STEPS, clamp_positions
 
 BLOCK = 32  # pixels of a program
 MAX_CANDIDATES = 32  # more slots than that would not fit into registers
@@ -29,7 +30,7 @@ def can_handle(features: Tensor, candidates: int) -> bool:
     return (
         candidates <= MAX_CANDIDATES
         and features.dtype in TYPES
-        and (features.is_cuda or triton.knobs.runtime.interpret)
+        and (features.is_cuda or not isinstance(_pass_kernel, triton.JITFunction))
     )
 
 
@@ -50,6 +51,21 @@ def propagate(
         _launch(_pass_kernel, field, fx, fy, field, known, best, best_scores, VERTICAL=vertical)
         field, known = best, best_scores
     return Matches(_outer(field), known.permute(0, 3, 1, 2))
+
+
+@torch.no_grad()
+def descend(coarse_positions: Tensor, features_x: Tensor, features_y: Tensor) -> Matches:
+    """`patchmatch.descend`: the same arguments and result, up to ties and rounding of sums.
+
+    Raises:
+        ValueError: more than 32 candidates.
+    """
+    coarse, fx, fy = _inner(coarse_positions), _channels_last(features_x), _channels_last(features_y)
+    field = coarse.new_empty(*fx.shape[:3], *coarse.shape[3:])
+    scores = field.new_empty(field.shape[:-1])
+    sizes = dict(zip(("coarse_height", "coarse_width"), coarse.shape[1:3])) | dict(zip(("step_y", "step_x"), R2_STEPS))
+    _launch(_descend_kernel, field, fx, fy, coarse, field, scores, **sizes)
+    return Matches(_outer(field), scores.permute(0, 3, 1, 2))
 
 
 def evaluate(positions: Tensor, features_x: Tensor, features_y: Tensor) -> Matches:
@@ -88,8 +104,8 @@ def _scores(field: Tensor, fx: Tensor, fy: Tensor) -> Tensor:
     return scores
 
 
-def _launch(kernel, field: Tensor, fx: Tensor, fy: Tensor, *tensors: Tensor, **constants: bool) -> None:
-    """Run a kernel over all pixels: its pointers, then its sizes."""
+def _launch(kernel, field: Tensor, fx: Tensor, fy: Tensor, *tensors: Tensor, **more: int) -> None:
+    """Run a kernel over all pixels of a field: its pointers, the sizes that all have, and what it alone has."""
     batch, height, width, candidates, _ = field.shape
     if candidates > MAX_CANDIDATES:
         raise ValueError(f"the Triton engine keeps at most {MAX_CANDIDATES} candidates a pixel, got {candidates}")
@@ -102,7 +118,7 @@ def _launch(kernel, field: Tensor, fx: Tensor, fy: Tensor, *tensors: Tensor, **c
         S=next_power_of_2(candidates),
         C=next_power_of_2(channels),
         P=BLOCK,
-        **constants,
+        **more,
     )
 
 
@@ -177,6 +193,50 @@ def _is_duplicate(pixels, scores, slot):
 
 
 @triton.jit
+def _own(fx, row, channels, channel, valid):
+    """Features P,C of the pixels themselves, as float32."""
+    mask = valid[:, None] & (channel < channels)[None, :]
+    return tl.load(fx + row[:, None] * channels + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _offer(y, x_at, there, ys, xs, scores, pixels, slot, x, fy, image, rows, columns, channels, channel):
+    """One candidate for each of P pixels, clamped and scored. It replaces the match in its own pixel, else the weakest.
+
+    ys, xs, scores, pixels: rows, columns, scores and pixel numbers P,S of what is held so far. Returns them anew.
+    """
+    y = tl.minimum(tl.maximum(y, 0.0), (rows - 1).to(tl.float32))
+    x_at = tl.minimum(tl.maximum(x_at, 0.0), (columns - 1).to(tl.float32))
+    score = _cosine(x, fy, image, y, x_at, rows, columns, channels, channel, there)
+    pixel = _pixel(y, x_at, columns)
+    same = pixels == pixel[:, None]
+    has = tl.max(same.to(tl.int32), 1) > 0
+    weakest = slot[None, :] == tl.argmin(scores, 1)[:, None]
+    target = tl.where(has[:, None], same, weakest)
+    accepted = target & (score[:, None] > scores) & there[:, None]
+    return (
+        tl.where(accepted, y[:, None], ys),
+        tl.where(accepted, x_at[:, None], xs),
+        tl.where(accepted, score[:, None], scores),
+        tl.where(accepted, pixel[:, None], pixels),
+    )
+
+
+@triton.jit
+def _put_back(best, best_scores, ys, xs, scores, row, mine, slot, K: tl.constexpr, S: tl.constexpr):
+    """Write what is held, best first; empty slots repeat the best one's position."""
+    rank = _rank(scores, slot) - (S - K)
+    first = rank == 0
+    empty = scores == float("-inf")
+    ys = tl.where(empty, tl.sum(tl.where(first, ys, 0.0), 1)[:, None], ys)
+    xs = tl.where(empty, tl.sum(tl.where(first, xs, 0.0), 1)[:, None], xs)
+    place = row[:, None] * K + rank
+    tl.store(best_scores + place, scores, mask=mine)
+    tl.store(best + place * 2, ys, mask=mine)
+    tl.store(best + place * 2 + 1, xs, mask=mine)
+
+
+@triton.jit
 def _pass_kernel(
     fx, fy, field, known, best, best_scores, count, height, width, rows, columns, channels,
     K: tl.constexpr, S: tl.constexpr, C: tl.constexpr, P: tl.constexpr, VERTICAL: tl.constexpr,
@@ -186,11 +246,7 @@ def _pass_kernel(
     slot, channel, valid = tl.arange(0, S), tl.arange(0, C), p < count
     i, j, image = (p // width) % height, p % width, p // (width * height)
     row = p.to(tl.int64)
-    x = tl.load(
-        fx + row[:, None] * channels + channel[None, :],
-        mask=valid[:, None] & (channel < channels)[None, :],
-        other=0.0,
-    ).to(tl.float32)
+    x = _own(fx, row, channels, channel, valid)
     # A pixel's own matches. Slots beyond K hold an infinite score, which nothing beats.
     own = row[:, None] * K + slot[None, :]
     mine = valid[:, None] & (slot < K)[None, :]
@@ -214,29 +270,48 @@ def _pass_kernel(
             y = y - shift
         else:
             x_at = x_at - shift
-        y = tl.minimum(tl.maximum(y, 0.0), (rows - 1).to(tl.float32))
-        x_at = tl.minimum(tl.maximum(x_at, 0.0), (columns - 1).to(tl.float32))
-        score = _cosine(x, fy, image, y, x_at, rows, columns, channels, channel, there)
-        pixel = _pixel(y, x_at, columns)
-        same = pixels == pixel[:, None]
-        has = tl.max(same.to(tl.int32), 1) > 0
-        weakest = slot[None, :] == tl.argmin(scores, 1)[:, None]
-        target = tl.where(has[:, None], same, weakest)
-        accepted = target & (score[:, None] > scores) & there[:, None]
-        scores = tl.where(accepted, score[:, None], scores)
-        ys = tl.where(accepted, y[:, None], ys)
-        xs = tl.where(accepted, x_at[:, None], xs)
-        pixels = tl.where(accepted, pixel[:, None], pixels)
-    # Best first; empty slots repeat the best one's position.
-    rank = _rank(scores, slot) - (S - K)
-    first = rank == 0
-    empty = scores == float("-inf")
-    ys = tl.where(empty, tl.sum(tl.where(first, ys, 0.0), 1)[:, None], ys)
-    xs = tl.where(empty, tl.sum(tl.where(first, xs, 0.0), 1)[:, None], xs)
-    target_place = row[:, None] * K + rank
-    tl.store(best_scores + target_place, scores, mask=mine)
-    tl.store(best + target_place * 2, ys, mask=mine)
-    tl.store(best + target_place * 2 + 1, xs, mask=mine)
+        ys, xs, scores, pixels = _offer(
+            y, x_at, there, ys, xs, scores, pixels, slot, x, fy, image, rows, columns, channels, channel
+        )
+    _put_back(best, best_scores, ys, xs, scores, row, mine, slot, K, S)
+
+
+@triton.jit
+def _scattered(number, step, side):
+    """One axis of `warp.scattered_positions`: the number's place in [0, side), all in int64."""
+    return ((((number * step) & 4294967295) * side) >> 32).to(tl.float32)
+
+
+@triton.jit
+def _descend_kernel(
+    fx, fy, parents, best, best_scores, count, height, width, rows, columns, channels,
+    coarse_height, coarse_width, step_y, step_x,
+    K: tl.constexpr, S: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """`patchmatch.descend`: children of the best half of the coarse pixel's matches first, then scattered places."""
+    p = tl.program_id(0) * P + tl.arange(0, P)
+    slot, channel, valid = tl.arange(0, S), tl.arange(0, C), p < count
+    i, j, image = (p // width) % height, p % width, p // (width * height)
+    row = p.to(tl.int64)
+    x = _own(fx, row, channels, channel, valid)
+    mine = valid[:, None] & (slot < K)[None, :]
+    ys, xs, pixels = tl.zeros((P, S), tl.float32), tl.zeros((P, S), tl.float32), tl.full((P, S), -1, tl.int32)
+    scores = ys + tl.where(slot < K, float("-inf"), float("inf"))[None, :]
+    parent = ((image * coarse_height + i // 2) * coarse_width + j // 2).to(tl.int64) * K
+    for m in range(0, 4 * ((K + 1) // 2)):
+        place = parents + (parent + m // 4) * 2
+        y = 2 * tl.load(place, mask=valid, other=0.0) + (m // 2) % 2
+        x_at = 2 * tl.load(place + 1, mask=valid, other=0.0) + m % 2
+        ys, xs, scores, pixels = _offer(
+            y, x_at, valid, ys, xs, scores, pixels, slot, x, fy, image, rows, columns, channels, channel
+        )
+    number = (i * width + j).to(tl.int64) * K
+    for k in range(0, K):
+        y, x_at = _scattered(number + k, step_y, rows), _scattered(number + k, step_x, columns)
+        ys, xs, scores, pixels = _offer(
+            y, x_at, valid, ys, xs, scores, pixels, slot, x, fy, image, rows, columns, channels, channel
+        )
+    _put_back(best, best_scores, ys, xs, scores, row, mine, slot, K, S)
 
 
 @triton.jit
@@ -248,11 +323,7 @@ def _scores_kernel(
     p = tl.program_id(0) * P + tl.arange(0, P)
     slot, channel, valid = tl.arange(0, S), tl.arange(0, C), p < count
     image, row = p // (width * height), p.to(tl.int64)
-    x = tl.load(
-        fx + row[:, None] * channels + channel[None, :],
-        mask=valid[:, None] & (channel < channels)[None, :],
-        other=0.0,
-    ).to(tl.float32)
+    x = _own(fx, row, channels, channel, valid)
     own = row[:, None] * K + slot[None, :]
     mine = valid[:, None] & (slot < K)[None, :]
     ys = tl.load(field + own * 2, mask=mine, other=0.0)
@@ -288,7 +359,7 @@ def _backward_kernel(
     image, row = p // (width * height), p.to(tl.int64)
     own = row[:, None] * channels + channel[None, :]
     inside = valid[:, None] & (channel < channels)[None, :]
-    x = tl.load(fx + own, mask=inside, other=0.0).to(tl.float32)
+    x = _own(fx, row, channels, channel, valid)
     total = tl.zeros((P, C), tl.float32)
     for k in range(0, K):
         place = row * K + k
