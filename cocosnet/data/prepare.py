@@ -38,6 +38,7 @@ from cocosnet.data.records import MANIFEST_NAME, Record, write_manifest
 from cocosnet.data.sources import check_landmarks, find_items
 from cocosnet.errors import CocosError, DataError
 from cocosnet.files import atomic_write
+from cocosnet.groups import end_group
 
 SCHEMA = "cocosctl.dataset/1"
 DATASET_NAME, ERRORS_NAME = "dataset.json", "errors.jsonl"
@@ -204,7 +205,7 @@ class Preparation:
             mine = _agree(lambda: list(self._make(range(len(self.items))[rank::ranks], step)))
             shares: list[list[Made]] = [[] for _ in range(ranks)]
             dist.all_gather_object(shares, mine)
-            dist.destroy_process_group()
+            end_group()
             if rank == 0:
                 yield from self._finish(iter([one for share in shares for one in share]))
 

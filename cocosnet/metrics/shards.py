@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from cocosnet.errors import CocosError
+from cocosnet.groups import end_group
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,15 @@ class Shards:
 
     def abandon(self) -> None:
         """End the communication at once: this rank has failed, and the others shall fail rather than wait for it."""
-        if self.size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+        if self.size > 1:
+            end_group()
 
     def leave(self) -> None:
         """End the communication, after every rank has come here."""
         if self.size > 1 and dist.is_initialized():
             with _all_alive():
                 dist.barrier()
-            dist.destroy_process_group()
+            end_group()
 
 
 @contextlib.contextmanager

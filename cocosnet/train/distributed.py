@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cocosnet.errors import ConfigError
+from cocosnet.groups import end_group
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Ranks:
         """End the communication, after every rank has come here."""
         if self.size > 1:
             dist.barrier()
-            dist.destroy_process_group()
+            end_group()
 
 
 def own_device(device: torch.device) -> torch.device:
