@@ -126,12 +126,13 @@ torch.testing.assert_close(*warps, atol=1e-4, rtol=1e-4)
 """
 
 COMPILATION = """
+import pathlib, re, subprocess, sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile as build
 from cocosnet.model import triton_engine
 
 def kernel(function, types, **constants):
-    constants = {"K": 16, "S": 16, "C": 32, "P": triton_engine.BLOCK, **constants}
+    constants = {"K": K, **triton_engine.block_sizes(K, 32), **constants}
     signature = dict.fromkeys(function.arg_names, "i32") | types | dict.fromkeys(constants, "constexpr")
     try:
         source = ASTSource(function, signature, {(function.arg_names.index(n),): v for n, v in constants.items()})
@@ -139,11 +140,18 @@ def kernel(function, types, **constants):
         source = ASTSource(function, {n: t for n, t in signature.items() if t != "constexpr"}, constants)
     built = build(source, target=GPUTarget("cuda", 90, 32))
     assert ".target sm_90" in built.asm["ptx"] and len(built.asm["cubin"]) > 1000
+    pathlib.Path(folder, "kernel.ptx").write_text(built.asm["ptx"])
+    command = [assembler, "-v", "--gpu-name=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]
+    said = subprocess.run(command, cwd=folder, capture_output=True, text=True).stderr
+    spilled = re.search(r"(\\d+) bytes spill stores", said)
+    assert int(spilled[1]) <= 64, said  # a launch knows how pointers are aligned, and spills nothing
 
 def pointers(features, *names):
     return {"fx": "*" + features, "fy": "*" + features, **{name: "*fp32" for name in names}}
 
-for features in ("fp32", "bf16"):
+folder = sys.argv[1]
+assembler = str(pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/ptxas")
+for features, K in (("fp32", 16), ("bf16", 16), ("bf16", 32)):
     for vertical in (False, True):
         names = pointers(features, "field", "known", "best", "best_scores")
         kernel(triton_engine._pass_kernel, names, VERTICAL=vertical)
@@ -154,10 +162,10 @@ for features in ("fp32", "bf16"):
 """
 
 
-def run(program: str, interpret: bool) -> subprocess.CompletedProcess:
+def run(program: str, interpret: bool, *arguments: str) -> subprocess.CompletedProcess:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    return subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, env=environment)
 
 
 @pytest.mark.parametrize(
@@ -170,8 +178,8 @@ def test_the_kernels_agree_with_the_reference(program):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_kernels_compile_for_a_gpu():
-    done = run(COMPILATION, interpret=False)
+def test_the_kernels_compile_for_a_gpu_and_keep_their_candidates_in_registers(tmp_path):
+    done = run(COMPILATION, False, str(tmp_path))
     if "Cannot find ptxas" in done.stderr:
         pytest.skip("this triton comes without ptxas")
     assert done.returncode == 0, done.stderr

@@ -20,7 +20,8 @@ from triton import next_power_of_2
 from cocosnet.model.matches import Matches
 from cocosnet.model.warp import R2_STEPS, clamp_positions
 
-BLOCK = 32  # pixels of a program
+BLOCK = 32  # pixels of a program, at most
+BLOCK_SLOTS = 512  # slots of a program, at most: with more, ranking them spills registers
 MAX_CANDIDATES = 32  # more slots than that would not fit into registers
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -110,16 +111,21 @@ def _launch(kernel, field: Tensor, fx: Tensor, fy: Tensor, *tensors: Tensor, **m
     if candidates > MAX_CANDIDATES:
         raise ValueError(f"the Triton engine keeps at most {MAX_CANDIDATES} candidates a pixel, got {candidates}")
     _, rows, columns, channels = fy.shape
-    grid = (triton.cdiv(batch * height * width, BLOCK),)
+    sizes = block_sizes(candidates, channels)
+    grid = (triton.cdiv(batch * height * width, sizes["P"]),)
     kernel[grid](
         *(fx, fy, *tensors),
         *(batch * height * width, height, width, rows, columns, channels),
         K=candidates,
-        S=next_power_of_2(candidates),
-        C=next_power_of_2(channels),
-        P=BLOCK,
+        **sizes,
         **more,
     )
+
+
+def block_sizes(candidates: int, channels: int) -> dict[str, int]:
+    """Pixels P, slots S and channels C of a program; all are powers of 2."""
+    slots = next_power_of_2(candidates)
+    return {"P": min(BLOCK, BLOCK_SLOTS // slots), "S": slots, "C": next_power_of_2(channels)}
 
 
 def _channels_last(map_BCHW: Tensor) -> Tensor:
