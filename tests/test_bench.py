@@ -21,6 +21,7 @@ from cocosnet.bench.machine import matching_floor, measured
 from cocosnet.bench.matching import BenchSettings, bench_matching
 from cocosnet.bench.quality import endpoint_error, error_summary, warp_quality
 from cocosnet.bench.truth import make_pair, read_square
+from cocosnet.checkpoint import load_model
 from cocosnet.config import DistortionConfig, MatchingConfig
 from cocosnet.errors import ConfigError, DataError
 from cocosnet.model.warp import pixel_grid
@@ -167,7 +168,9 @@ def test_the_exact_engine_finds_every_nearest_neighbour():
 def test_a_bench_of_the_demo_model_uses_its_own_levels_and_refinement():
     settings = BenchSettings(size=64, features="demo", baseline=False)
     result = bench_matching([DEMO / "hopper.jpg"], settings, CPU)
-    assert result["matching"]["refinement"] == "gru" and result["matching"]["candidates"] == 4
+    own = load_model("demo", device="cpu").config.model.matching
+    assert result["matching"]["refinement"] == "gru" and result["matching"]["candidates"] == own.candidates
+    assert own.candidates != BenchSettings(size=64).matching.candidates
     assert len(result["levels"]) == 3 and result["speedup"] is None
     with pytest.raises(ConfigError, match="3 levels"):
         bench_matching([DEMO / "hopper.jpg"], BenchSettings(size=128, coarse=16, features="demo"), CPU)
