@@ -68,7 +68,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
         CheckpointError: it cannot be read, or is not a flat dictionary of tensors.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; give the release's .pth files, or .safetensors of them")
+        what = "a folder, no file" if path.is_dir() else "no such file"
+        raise CheckpointError(f"{path}: {what}; give the release's .pth files, or .safetensors of them")
     try:
         if path.suffix == ".safetensors":
             state = load_file(str(path))

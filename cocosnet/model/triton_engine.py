@@ -199,6 +199,13 @@ def _is_duplicate(pixels, scores, slot):
 
 
 @triton.jit
+def _block(count, height, width, P: tl.constexpr):
+    """The program's P pixels: numbers (int64) in the batch, which there are, rows, columns and images."""
+    p = tl.program_id(0) * P + tl.arange(0, P)
+    return p.to(tl.int64), p < count, (p // width) % height, p % width, p // (width * height)
+
+
+@triton.jit
 def _own(fx, row, channels, channel, valid):
     """Features P,C of the pixels themselves, as float32."""
     mask = valid[:, None] & (channel < channels)[None, :]
@@ -248,10 +255,8 @@ def _pass_kernel(
     K: tl.constexpr, S: tl.constexpr, C: tl.constexpr, P: tl.constexpr, VERTICAL: tl.constexpr,
 ):  # fmt: skip
     """One propagation pass along one axis: `neighbour_candidates` and `best_distinct` at once, own scores known."""
-    p = tl.program_id(0) * P + tl.arange(0, P)
-    slot, channel, valid = tl.arange(0, S), tl.arange(0, C), p < count
-    i, j, image = (p // width) % height, p % width, p // (width * height)
-    row = p.to(tl.int64)
+    slot, channel = tl.arange(0, S), tl.arange(0, C)
+    row, valid, i, j, image = _block(count, height, width, P)
     x = _own(fx, row, channels, channel, valid)
     # A pixel's own matches. Slots beyond K hold an infinite score, which nothing beats.
     own = row[:, None] * K + slot[None, :]
@@ -284,7 +289,7 @@ def _pass_kernel(
 
 @triton.jit
 def _scattered(number, step, side):
-    """One axis of `warp.scattered_positions`: the number's place in [0, side), all in int64."""
+    """One axis of `warp.scattered_positions`: the number's place in [0, side), in int64; 4294967295 is 2^32 - 1."""
     return ((((number * step) & 4294967295) * side) >> 32).to(tl.float32)
 
 
@@ -295,10 +300,8 @@ def _descend_kernel(
     K: tl.constexpr, S: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """`patchmatch.descend`: children of the best half of the coarse pixel's matches first, then scattered places."""
-    p = tl.program_id(0) * P + tl.arange(0, P)
-    slot, channel, valid = tl.arange(0, S), tl.arange(0, C), p < count
-    i, j, image = (p // width) % height, p % width, p // (width * height)
-    row = p.to(tl.int64)
+    slot, channel = tl.arange(0, S), tl.arange(0, C)
+    row, valid, i, j, image = _block(count, height, width, P)
     x = _own(fx, row, channels, channel, valid)
     mine = valid[:, None] & (slot < K)[None, :]
     ys, xs, pixels = tl.zeros((P, S), tl.float32), tl.zeros((P, S), tl.float32), tl.full((P, S), -1, tl.int32)
@@ -326,9 +329,8 @@ def _scores_kernel(
     K: tl.constexpr, S: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Scores of a field as it stands, -inf for duplicates."""
-    p = tl.program_id(0) * P + tl.arange(0, P)
-    slot, channel, valid = tl.arange(0, S), tl.arange(0, C), p < count
-    image, row = p // (width * height), p.to(tl.int64)
+    slot, channel = tl.arange(0, S), tl.arange(0, C)
+    row, valid, _, _, image = _block(count, height, width, P)
     x = _own(fx, row, channels, channel, valid)
     own = row[:, None] * K + slot[None, :]
     mine = valid[:, None] & (slot < K)[None, :]
@@ -360,9 +362,8 @@ def _backward_kernel(
     K: tl.constexpr, S: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the scores: written to by_position and by_x, added to by_y."""
-    p = tl.program_id(0) * P + tl.arange(0, P)
-    channel, valid = tl.arange(0, C), p < count
-    image, row = p // (width * height), p.to(tl.int64)
+    channel = tl.arange(0, C)
+    row, valid, _, _, image = _block(count, height, width, P)
     own = row[:, None] * channels + channel[None, :]
     inside = valid[:, None] & (channel < channels)[None, :]
     x = _own(fx, row, channels, channel, valid)
