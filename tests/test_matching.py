@@ -402,7 +402,7 @@ def test_refining_band_by_band_changes_nothing(refinement, inputs, monkeypatch):
     torch.nn.init.normal_(refine.head[-1].weight)
     matches = Matches(field(0, 2, 3, 37, 9, (20, 11)).clamp(0, 10), torch.rand(2, 3, 37, 9))
     inputs = torch.randn(2, 8, 37, 9), matches, unit(1, 2, 4, 37, 9), unit(2, 2, 4, 20, 11)
-    monkeypatch.setattr("cocosnet.model.convgru.BAND", 10)
+    monkeypatch.setattr("cocosnet.model.layers.BAND", 10)
     with torch.no_grad():
         bands = refine(*inputs)
     for band, whole in zip(bands, refine(*inputs)):

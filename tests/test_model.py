@@ -10,7 +10,7 @@ import torch
 from cocosnet.config import load_config
 from cocosnet.model.cocosnet import CoCosNet
 from cocosnet.model.discriminator import Discriminator
-from cocosnet.model.layers import instance_norm
+from cocosnet.model.layers import SpadeBlock, instance_norm
 
 TINY = load_config("tiny-cpu")
 
@@ -97,6 +97,17 @@ def test_instance_norm_equals_pytorchs_in_value_and_gradient():
 
 
 @pytest.mark.timeout(1200)  # half a minute of processor time, more where the machine is shared
+@pytest.mark.parametrize("widths", [(6, 4), (4, 4)])
+def test_a_spade_block_band_by_band_gives_what_the_whole_gives(widths, monkeypatch):
+    torch.manual_seed(0)
+    block = SpadeBlock(*widths, guide_channels=3, hidden=8).eval()
+    x, guide = torch.randn(2, widths[0], 37, 9), torch.randn(2, 3, 74, 18)
+    monkeypatch.setattr("cocosnet.model.layers.BAND", 10)
+    with torch.no_grad():
+        bands = block(x, guide)
+    torch.testing.assert_close(bands, block(x, guide))
+
+
 def test_the_papers_512_configuration_runs_forward_and_backward_at_reduced_width():
     config = load_config(
         "deepfashion-512",

@@ -17,7 +17,7 @@ from cocosnet.checkpoint import load_model, save_model
 from cocosnet.config import MatchingConfig
 from cocosnet.convert import convert_release
 from cocosnet.errors import CheckpointError
-from cocosnet.model import release, release_matching
+from cocosnet.model import layers, release, release_matching
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +132,7 @@ def test_bands_of_rows_give_what_the_whole_gives(monkeypatch):
     inputs = torch.randn(1, 8, 40, 9), torch.rand(1, 3, 40, 9), torch.randn(1, 6, 40, 9)
     guide = torch.rand(1, 2, 40, 9)
     whole = *refinement(*inputs), block(inputs[2], guide)
-    monkeypatch.setattr(release_matching, "BAND", 12)
-    monkeypatch.setattr(release, "BAND", 12)
+    monkeypatch.setattr(layers, "BAND", 12)
     for part, expected in zip((*refinement(*inputs), block(inputs[2], guide)), whole):
         torch.testing.assert_close(part, expected, atol=1e-6, rtol=1e-6)
 

@@ -14,7 +14,6 @@ from cocosnet.model.layers import in_bands, join_channels
 from cocosnet.model.matches import Matches
 from cocosnet.model.warp import of_axes, pixel_grid, sample
 
-BAND = 64  # rows refined at once without a gradient: what a band needs stays in a processor's cache
 HALO = 7  # rows that a correction depends on above and below: six 3x3 convolutions and a 3x3 mean, one after the other
 OFFSET_UNIT = 4.0  # px: a relative offset as large as this enters as 1, and as at most 2
 SCORE_UNIT = 0.1  # a score that is lower by as much enters as -1; an empty slot enters as -2
@@ -119,7 +118,7 @@ class Refinement(nn.Module):
             return self.refine(features_y, *rows)
 
         whole = torch.is_grad_enabled() or features_x.is_cuda
-        state, step = refine(*maps) if whole else in_bands(refine, maps, BAND, HALO)
+        state, step = refine(*maps) if whole else in_bands(refine, maps, HALO)
         return state, step.unflatten(1, (-1, 2))
 
     def refine(

@@ -11,6 +11,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 LEAK = 0.2  # slope of every LeakyReLU (release)
+BAND = 64  # rows that `in_bands` works on at once: what a band needs stays in a processor's cache
+SPADE_HALO = 4  # rows that a SPADE block's row depends on above and below: four 3x3 convolutions one after the other
 
 
 def conv(
@@ -62,15 +64,17 @@ class SpadeBlock(nn.Module):
         self.recompute = False  # whether the backward pass computes the block again instead of keeping what is inside
 
     def forward(self, x: Tensor, guide: Tensor) -> Tensor:
-        """x B,inputs,h,w; guide B,G,H,W. Returns B,outputs,h,w."""
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, guide, use_reentrant=False)
-        return self._forward(x, guide)
+        """x B,inputs,h,w; guide B,G,H,W. Returns B,outputs,h,w. Without a gradient it goes band by band on a CPU."""
+        maps = (x, resize_guide(guide, x.shape[-2:]))
+        if torch.is_grad_enabled():
+            return (checkpoint(self._rows, *maps, use_reentrant=False) if self.recompute else self._rows(*maps))[0]
+        return (self._rows(*maps) if x.is_cuda else in_bands(self._rows, maps, SPADE_HALO))[0]
 
-    def _forward(self, x: Tensor, guide: Tensor) -> Tensor:
+    def _rows(self, x: Tensor, guide: Tensor) -> tuple[Tensor]:
+        """The block on a map or on some of its rows: x B,inputs,h,w and the guide B,G,h,w of the same size."""
         y = self.conv_0(F.leaky_relu(self.norm_0(x, guide), LEAK))
         y = self.conv_1(F.leaky_relu(self.norm_1(y, guide), LEAK))
-        return self.shortcut(x) + y
+        return (self.shortcut(x) + y,)
 
 
 class ResidualBlock(nn.Module):
@@ -137,21 +141,19 @@ def join_channels(*maps_BChw: Tensor) -> Tensor:
     return torch.cat([x.permute(0, 2, 3, 1).contiguous() for x in maps_BChw], dim=3).permute(0, 3, 1, 2)
 
 
-def in_bands(
-    function: Callable[..., tuple[Tensor, ...]], maps: Sequence[Tensor], rows: int, halo: int
-) -> tuple[Tensor, ...]:
-    """`function(*maps)` band by band of `rows` rows, for less memory and for what stays in a processor's cache.
+def in_bands(function: Callable[..., tuple[Tensor, ...]], maps: Sequence[Tensor], halo: int) -> tuple[Tensor, ...]:
+    """`function(*maps)` band by band of `BAND` rows, for less memory and for what stays in a processor's cache.
 
     maps: tensors ..,h,w of one size; function: maps to a tuple of maps of that size, a row of which depends on the
-    `halo` rows above and below at most. The same result, whole where the maps have no more than `rows` rows, and where
+    `halo` rows above and below at most. The same result, whole where the maps have no more than `BAND` rows, and where
     a graph is traced, which then is of one map of whatever size.
     """
     height = maps[0].shape[-2]
-    if torch.compiler.is_compiling() or height <= rows:
+    if torch.compiler.is_compiling() or height <= BAND:
         return function(*maps)
     whole: tuple[Tensor, ...] = ()
-    for top in range(0, height, rows):
-        first, bottom = max(top - halo, 0), min(top + rows, height)
+    for top in range(0, height, BAND):
+        first, bottom = max(top - halo, 0), min(top + BAND, height)
         results = function(*(x[..., first : min(bottom + halo, height), :] for x in maps))
         whole = whole or tuple(_room(part, height) for part in results)
         for target, part in zip(whole, results):

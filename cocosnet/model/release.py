@@ -15,10 +15,8 @@ from torch import Tensor, nn
 
 from cocosnet.config import Config, DiscriminatorConfig, EncoderConfig, TranslatorConfig
 from cocosnet.model.cocosnet import Output, check_inputs, crop_output
-from cocosnet.model.layers import LEAK, in_bands, pad_to_multiple
-from cocosnet.model.release_matching import BAND, InstanceNorm, ReleaseHierarchy, side_by_side, unit
-
-HALO = 4  # rows that a SPADE block's row depends on above and below: four 3x3 convolutions one after the other
+from cocosnet.model.layers import LEAK, SPADE_HALO, in_bands, pad_to_multiple
+from cocosnet.model.release_matching import InstanceNorm, ReleaseHierarchy, side_by_side, unit
 
 
 class ReleaseCoCosNet(nn.Module):
@@ -183,7 +181,7 @@ class ReleaseSpadeBlock(nn.Module):
 
     def forward(self, x: Tensor, guide: Tensor) -> Tensor:
         """x B,inputs,h,w; guide B,G,H,W of any size. Returns B,outputs,h,w."""
-        return in_bands(self._rows, (x, F.interpolate(guide, size=x.shape[-2:])), BAND, HALO)[0]
+        return in_bands(self._rows, (x, F.interpolate(guide, size=x.shape[-2:])), SPADE_HALO)[0]
 
     def _rows(self, x: Tensor, guide: Tensor) -> tuple[Tensor]:
         """The block on some rows of both, of one size."""

@@ -32,7 +32,6 @@ WINDOW = (-2.0, 0.0, 2.0, 4.0)  # px, rows and columns around twice the coarser 
 DENSE_WINDOW = (-1.0, 0.0, 1.0, 2.0)  # px, the same of release-fixed: even steps alone never reach an odd offset
 ORDERS = {"horizontal-first": (-1, -2), "vertical-first": (-2, -1)}  # axes of an iteration's two passes
 COARSE_CHUNK = 2**24  # similarities held at once at the coarse level: those of 64x64 positions all together
-BAND = 64  # rows that convolutions work on at once: less memory, and more of it in a processor's cache
 HALO = 11  # rows that a refined row depends on above and below: 3 + 1 + 1 of the encoder, 4 of the GRU, 2 of the head
 MOTION = 64  # channels of the motion encoder's and the head's hidden layers
 
@@ -151,7 +150,7 @@ class ReleaseRefinement(nn.Module):
 
     def forward(self, state: Tensor, weights: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """state B,hidden,h,w; weights B,K,h,w; offsets B,2K,h,w. Returns the state and unbounded steps B,2K,h,w."""
-        return in_bands(self._rows, (state, weights, offsets), BAND, HALO)
+        return in_bands(self._rows, (state, weights, offsets), HALO)
 
     def _rows(self, state: Tensor, weights: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """The operator on some rows of all three."""
