@@ -204,6 +204,17 @@ def test_the_match_loss_is_the_surprise_at_the_true_place():
     assert match_loss([x], [y], field, torch.zeros(2), 0.1) == 0
 
 
+def test_the_match_loss_and_its_gradients_are_not_rounded_where_convolutions_are():
+    maps = [unit(random(1, 8, 8, 8, seed=seed)).requires_grad_() for seed in (5, 6)]
+    grid = pixel_grid(8, 8).unsqueeze(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = match_loss(maps[:1], maps[1:], grid, torch.ones(1), 0.01)
+    value = match_loss(maps[:1], maps[1:], grid, torch.ones(1), 0.01)
+    assert torch.equal(rounded, value)
+    for a, b in zip(torch.autograd.grad(rounded, maps), torch.autograd.grad(value, maps)):
+        assert torch.equal(a, b)
+
+
 def test_the_match_loss_knows_nothing_of_flat_features_and_everything_of_distinct_ones():
     """Summed over levels: log of the number of places each where all look alike, 0 where each looks like its match."""
     grid = pixel_grid(16, 16).unsqueeze(0)

@@ -51,7 +51,8 @@ def _level(x: Tensor, y: Tensor, field: Tensor, temperature: float) -> Tensor:
     limit = of_axes(asked, x.shape[-2] - 1, x.shape[-1] - 1).squeeze(1)
     inside = ((asked >= 0) & (asked <= limit)).all(1).flatten(1)
     queries = F.normalize(sample(x, asked.unsqueeze(1)).squeeze(2).flatten(2), dim=1)
-    logits = queries.transpose(1, 2) @ y.flatten(2) / temperature  # B,queries,places
+    with torch.autocast(x.device.type, enabled=False):  # tau = 0.01 magnifies every rounding a hundredfold
+        logits = queries.transpose(1, 2) @ y.flatten(2) / temperature  # B,queries,places
     surprise = F.cross_entropy(logits.transpose(1, 2), right.expand(len(y), -1), reduction="none")
     return (surprise * inside).sum(1) / inside.sum(1).clamp(min=1)
 

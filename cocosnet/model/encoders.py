@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cocosnet.config import EncoderConfig
-from cocosnet.model.layers import LEAK, ResidualBlock, SpadeBlock, conv, instance_norm
+from cocosnet.model.layers import LEAK, ResidualBlock, SpadeBlock, conv, enlarge, instance_norm
 
 
 class Encoder(nn.Module):
@@ -40,7 +40,7 @@ class Encoder(nn.Module):
         skips = self._downward(x)
         y, features = None, []
         for scale in reversed(range(self.finest, len(skips))):
-            y = skips[scale] if y is None else skips[scale] + _double(y, skips[scale])
+            y = skips[scale] if y is None else skips[scale] + enlarge(y, skips[scale].shape[-2:])
             y = self.up[scale - self.finest](y, x)
             features.append(y)
         return [F.normalize(f.float(), dim=1) for f in features[-self.levels :]]
@@ -65,7 +65,3 @@ class Down(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """B,inputs,h,w -> B,outputs,h/stride,w/stride."""
         return self.residual(instance_norm(self.conv(F.leaky_relu(x, LEAK))))
-
-
-def _double(x: Tensor, like: Tensor) -> Tensor:
-    return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -26,12 +27,27 @@ def conv(
     return spectral_norm(layer) if spectral else layer
 
 
+def in_own_type(x: Tensor) -> contextlib.AbstractContextManager:
+    """The context in which norms and resizing give back x's type, whatever autocast is on.
+
+    CUDA's autocast would make float32 of them, and so of most of what the backward pass keeps; a CPU's does not.
+    """
+    return torch.autocast("cuda", enabled=False) if x.is_cuda else contextlib.nullcontext()
+
+
 def positional_norm(x_BCHW: Tensor) -> Tensor:
     """Subtract the mean and divide by the standard deviation over the channels of each position (Eq. 9).
 
-    A layer norm over channels, which lie together in the channels-last layout.
+    A layer norm over channels, which lie together in the channels-last layout; its sums are float32 whatever x is.
     """
-    return F.layer_norm(x_BCHW.permute(0, 2, 3, 1), x_BCHW.shape[1:2]).permute(0, 3, 1, 2)
+    with in_own_type(x_BCHW):
+        return F.layer_norm(x_BCHW.permute(0, 2, 3, 1), x_BCHW.shape[1:2]).permute(0, 3, 1, 2)
+
+
+def enlarge(x_BCHW: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
+    """Bring a map to h,w = `size` bilinearly, in its own type."""
+    with in_own_type(x_BCHW):
+        return F.interpolate(x_BCHW, size=size, mode="bilinear", align_corners=False)
 
 
 class Spade(nn.Module):
@@ -67,7 +83,7 @@ class SpadeBlock(nn.Module):
         """x B,inputs,h,w; guide B,G,H,W. Returns B,outputs,h,w. Without a gradient it goes band by band on a CPU."""
         maps = (x, resize_guide(guide, x.shape[-2:]))
         if torch.is_grad_enabled():
-            return (checkpoint(self._rows, *maps, use_reentrant=False) if self.recompute else self._rows(*maps))[0]
+            return (_recomputed(self._rows, *maps) if self.recompute else self._rows(*maps))[0]
         return (self._rows(*maps) if x.is_cuda else in_bands(self._rows, maps, SPADE_HALO))[0]
 
     def _rows(self, x: Tensor, guide: Tensor) -> tuple[Tensor]:
@@ -75,6 +91,11 @@ class SpadeBlock(nn.Module):
         y = self.conv_0(F.leaky_relu(self.norm_0(x, guide), LEAK))
         y = self.conv_1(F.leaky_relu(self.norm_1(y, guide), LEAK))
         return (self.shortcut(x) + y,)
+
+
+def _recomputed(function: Callable[..., tuple[Tensor, ...]], *maps: Tensor) -> tuple[Tensor, ...]:
+    """`function(*maps)`, computed again by the backward pass; nothing in it is drawn at random."""
+    return checkpoint(function, *maps, use_reentrant=False, preserve_rng_state=False)
 
 
 class ResidualBlock(nn.Module):

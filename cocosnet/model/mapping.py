@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cocosnet.model.layers import LEAK, conv
+from cocosnet.model.layers import LEAK, conv, enlarge
 
 
 class Mapping(nn.Module):
@@ -29,6 +29,6 @@ class Mapping(nn.Module):
         x = None
         for lateral, fuse, feature in zip(self.lateral, self.fuse, features, strict=True):
             y = lateral(feature)
-            y = y if x is None else y + F.interpolate(x, size=y.shape[-2:], mode="bilinear", align_corners=False)
+            y = y if x is None else y + enlarge(x, y.shape[-2:])
             x = F.leaky_relu(fuse(y), LEAK)
         return torch.tanh(self.to_rgb(x).float())

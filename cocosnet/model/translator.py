@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cocosnet.config import TranslatorConfig
-from cocosnet.model.layers import LEAK, SpadeBlock, conv
+from cocosnet.model.layers import LEAK, SpadeBlock, conv, enlarge, in_own_type
 
 CODE_GAIN = 1.0  # standard deviation of the code's numbers at the start
 
@@ -35,10 +35,11 @@ class Translator(nn.Module):
         """Eq. 10. See the class for shapes. `style` B,widths[0],s,s is added to the code (the SPADE baseline's)."""
         height, width = (side // 2 ** (self.scales - 1) for side in guide.shape[-2:])
         code = self.code if style is None else self.code + style
-        x = F.interpolate(code, size=(height, width), mode="bilinear", align_corners=False)
+        x = enlarge(code, (height, width))
         x = x.expand(guide.shape[0], -1, -1, -1)
         for scale, blocks in enumerate(self.blocks):
-            x = F.interpolate(x, scale_factor=2.0, mode="nearest") if scale else x
+            with in_own_type(x):
+                x = F.interpolate(x, scale_factor=2.0, mode="nearest") if scale else x
             for block in blocks:
                 x = block(x, guide)
         return torch.tanh(self.contrast * self.to_rgb(F.leaky_relu(x, LEAK)).float())
@@ -46,7 +47,7 @@ class Translator(nn.Module):
 
 def join_warps(warps: list[Tensor], size: torch.Size) -> Tensor:
     """[w_1 up, ..., w_L up]: the warps of all levels at full size H,W, side by side. Returns B,3L,H,W."""
-    return torch.cat([F.interpolate(warp, size=size, mode="bilinear", align_corners=False) for warp in warps], dim=1)
+    return torch.cat([enlarge(warp, size) for warp in warps], dim=1)
 
 
 def _scale(inputs: int, width: int, count: int, guide_channels: int, hidden: int) -> nn.ModuleList:

@@ -11,12 +11,15 @@ In the kernels: P pixels of a block, S slots (K rounded up to a power of 2), C c
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton import next_power_of_2
 
+from cocosnet.model import patchmatch
 from cocosnet.model.matches import Matches
 from cocosnet.model.warp import R2_STEPS, clamp_positions
 
@@ -24,6 +27,9 @@ BLOCK = 32  # pixels of a program, at most
 BLOCK_SLOTS = 512  # slots of a program, at most: with more, ranking them spills registers
 MAX_CANDIDATES = 32  # more slots than that would not fit into registers
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHORTEST = tl.constexpr(patchmatch.SHORTEST)
+# A size that is 1 would become a constant, and one that 16 divides a kernel of its own: sizes are plain numbers.
+SIZES = ["count", "height", "width", "rows", "columns", "coarse_height", "coarse_width"]
 
 
 def can_handle(features: Tensor, candidates: int) -> bool:
@@ -113,13 +119,10 @@ def _launch(kernel, field: Tensor, fx: Tensor, fy: Tensor, *tensors: Tensor, **m
     _, rows, columns, channels = fy.shape
     sizes = block_sizes(candidates, channels)
     grid = (triton.cdiv(batch * height * width, sizes["P"]),)
-    kernel[grid](
-        *(fx, fy, *tensors),
-        *(batch * height * width, height, width, rows, columns, channels),
-        K=candidates,
-        **sizes,
-        **more,
-    )
+    numbers = (batch * height * width, height, width, rows, columns, channels)
+    # Triton launches on the current device, which need not be the features'.
+    with torch.cuda.device(fx.device) if fx.is_cuda else contextlib.nullcontext():
+        kernel[grid](fx, fy, *tensors, *numbers, K=candidates, **sizes, **more)
 
 
 def block_sizes(candidates: int, channels: int) -> dict[str, int]:
@@ -166,7 +169,7 @@ def _read(fy, image, row, column, rows, columns, channels, channel, valid):
 @triton.jit
 def _length(y):
     """Lengths P of P,C blended features, at least `patchmatch.SHORTEST`."""
-    return tl.maximum(tl.sqrt(tl.sum(y * y, 1)), 0.5)
+    return tl.maximum(tl.sqrt(tl.sum(y * y, 1)), SHORTEST)
 
 
 @triton.jit
@@ -174,10 +177,12 @@ def _cosine(x, fy, image, y_at, x_at, rows, columns, channels, channel, valid):
     """Cosine of x and fy(y, x), bilinear, of P pixels."""
     y0, y1, v = _corners(y_at, rows)
     x0, x1, u = _corners(x_at, columns)
+    # At whole positions, which is most of them without refinement, three of the corners weigh nothing: not read.
+    across, down = valid & (u > 0), valid & (v > 0)
     y = ((1 - v) * (1 - u))[:, None] * _read(fy, image, y0, x0, rows, columns, channels, channel, valid)
-    y += ((1 - v) * u)[:, None] * _read(fy, image, y0, x1, rows, columns, channels, channel, valid)
-    y += (v * (1 - u))[:, None] * _read(fy, image, y1, x0, rows, columns, channels, channel, valid)
-    y += (v * u)[:, None] * _read(fy, image, y1, x1, rows, columns, channels, channel, valid)
+    y += ((1 - v) * u)[:, None] * _read(fy, image, y0, x1, rows, columns, channels, channel, across)
+    y += (v * (1 - u))[:, None] * _read(fy, image, y1, x0, rows, columns, channels, channel, down)
+    y += (v * u)[:, None] * _read(fy, image, y1, x1, rows, columns, channels, channel, across & down)
     return tl.sum(x * y, 1) / _length(y)
 
 
@@ -249,7 +254,7 @@ def _put_back(best, best_scores, ys, xs, scores, row, mine, slot, K: tl.constexp
     tl.store(best + place * 2 + 1, xs, mask=mine)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _pass_kernel(
     fx, fy, field, known, best, best_scores, count, height, width, rows, columns, channels,
     K: tl.constexpr, S: tl.constexpr, C: tl.constexpr, P: tl.constexpr, VERTICAL: tl.constexpr,
@@ -293,7 +298,7 @@ def _scattered(number, step, side):
     return ((((number * step) & 4294967295) * side) >> 32).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _descend_kernel(
     fx, fy, parents, best, best_scores, count, height, width, rows, columns, channels,
     coarse_height, coarse_width, step_y, step_x,
@@ -323,7 +328,7 @@ def _descend_kernel(
     _put_back(best, best_scores, ys, xs, scores, row, mine, slot, K, S)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _scores_kernel(
     fx, fy, field, result, count, height, width, rows, columns, channels,
     K: tl.constexpr, S: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
@@ -353,10 +358,11 @@ def _add(target, image, row, column, rows, columns, channels, channel, valid, va
     """Add P,C values to one pixel each of a map; several programs may add to the same one."""
     place = (image * rows + row).to(tl.int64) * columns + column
     mask = valid[:, None] & (channel < channels)[None, :]
-    tl.atomic_add(target + place[:, None] * channels + channel[None, :], values, mask=mask)
+    # Nothing is read back before the kernel ends, so no order among the additions is asked for.
+    tl.atomic_add(target + place[:, None] * channels + channel[None, :], values, mask=mask, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward_kernel(
     fx, fy, field, gradient, by_position, by_x, by_y, count, height, width, rows, columns, channels,
     K: tl.constexpr, S: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
@@ -380,7 +386,7 @@ def _backward_kernel(
         f11 = _read(fy, image, y1, x1, rows, columns, channels, channel, valid)
         y = w00[:, None] * f00 + w01[:, None] * f01 + w10[:, None] * f10 + w11[:, None] * f11
         length = _length(y)
-        score = tl.where(length > 0.5, tl.sum(x * y, 1) / length, 0.0)
+        score = tl.where(length > SHORTEST, tl.sum(x * y, 1) / length, 0.0)
         direction = y / length[:, None]
         total += g[:, None] * direction
         # What a change of the unstretched features there does to the score.
