@@ -50,16 +50,16 @@ def matching(
     ] = None,
     features: Features = "colour",
     engine: Annotated[str, Option("--engine", metavar="NAME", help="As model.matching.backend.")] = "auto",
-    candidates: Annotated[int, Option("--candidates", metavar="K", min=1, help="Matches kept a pixel.")] = 16,
-    iterations: Annotated[int, Option("--iterations", metavar="T", min=1, help="Iterations a level.")] = 5,
+    candidates: Annotated[
+        int | None, Option("--candidates", metavar="K", min=1, help="Matches kept a pixel; else 16, or the model's.")
+    ] = None,
+    iterations: Annotated[
+        int | None, Option("--iterations", metavar="T", min=1, help="Iterations a level; else 5, or the model's.")
+    ] = None,
     start: Annotated[
-        str,
-        Option(
-            "--start",
-            metavar="best|wide",
-            help="As model.matching.start; a trained model has its own. wide comes nearer to the exact engine.",
-        ),
-    ] = "wide",
+        str | None,
+        Option("--start", metavar="best|wide", help="As model.matching.start; else wide, or the model's."),
+    ] = None,
     repeats: Annotated[int, Option("--repeats", metavar="N", min=1, help="Timings, of which the least counts.")] = 1,
     baseline: Annotated[
         bool, Option("--baseline/--no-baseline", help="Time the release's arithmetic too, for the speedup.")
@@ -76,14 +76,15 @@ def matching(
     """
     from cocosnet.bench.matching import BenchSettings, bench_matching
     from cocosnet.checkpoint import resolve_device
-    from cocosnet.config import load_config
+    from cocosnet.config import MatchingConfig, load_config
 
     out = Output(as_json, quiet)
-    overrides = {"backend": engine, "candidates": candidates, "iterations": iterations, "start": start}
-    config = load_config(None, [f"model.matching.{name}={value}" for name, value in overrides.items()])
+    asked = {"backend": engine, "candidates": candidates, "iterations": iterations, "start": start}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    load_config(None, [f"model.matching.{name}={value}" for name, value in asked.items()])  # refuses what is none
     paths = _pictures(pictures)[:limit]
     settings = BenchSettings(
-        size, coarse, features, config.model.matching, config.distortion, seed or 0, repeats, baseline
+        size, coarse, features, MatchingConfig(start="wide"), asked, seed=seed or 0, repeats=repeats, baseline=baseline
     )
     with out.progress("pictures", len(paths)) as advance:
         result = bench_matching(paths, settings, resolve_device(device), _teller(out, advance))
@@ -101,7 +102,7 @@ def ablation(
     output: Annotated[
         Path, Option("--output", "-o", metavar="DIR", help="Results, a file each; what is there is not done again.")
     ] = Path("ablation"),
-    features: Features = "colour",
+    features: Annotated[str, Option("--features", metavar="NAME", help="colour or vgg16.")] = "colour",
     size: Annotated[int, Option("--size", metavar="PX", min=16, help="Side of the pictures.")] = 128,
     coarse: Annotated[int, Option("--coarse", metavar="PX", min=4, help="Side of the exact level.")] = 32,
     hidden: Annotated[int, Option("--hidden", metavar="N", min=1, help="Channels of the refinement's state.")] = 16,

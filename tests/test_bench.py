@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 
@@ -21,9 +22,10 @@ from cocosnet.bench.machine import matching_floor, measured
 from cocosnet.bench.matching import BenchSettings, bench_matching
 from cocosnet.bench.quality import endpoint_error, error_summary, warp_quality
 from cocosnet.bench.truth import make_pair, read_square
-from cocosnet.checkpoint import load_model
-from cocosnet.config import DistortionConfig, MatchingConfig
+from cocosnet.checkpoint import load_model, save_model
+from cocosnet.config import DistortionConfig, MatchingConfig, load_config
 from cocosnet.errors import ConfigError, DataError
+from cocosnet.model.build import build_model
 from cocosnet.model.warp import pixel_grid
 
 DEMO = ROOT / "cocosnet" / "assets" / "demo"
@@ -158,6 +160,11 @@ def test_on_a_real_portrait_the_search_comes_near_the_exact_engine(shared):
         assert level["sample_within_1px"] > level["exact_within_1px"] - 0.02
 
 
+def test_where_memory_cannot_be_read_the_peak_is_not_a_number(monkeypatch):
+    monkeypatch.setattr("cocosnet.bench.machine.STATUS", "/no/such/file")
+    assert math.isnan(measured(lambda: None, CPU)[1].peak_mib)
+
+
 def test_the_exact_engine_finds_every_nearest_neighbour():
     settings = BenchSettings(size=32, coarse=16, matching=MatchingConfig(backend="exact"))
     result = bench_matching([DEMO / "hopper.jpg"], settings, CPU)
@@ -174,6 +181,23 @@ def test_a_bench_of_the_demo_model_uses_its_own_levels_and_refinement():
     assert len(result["levels"]) == 3 and result["speedup"] is None
     with pytest.raises(ConfigError, match="3 levels"):
         bench_matching([DEMO / "hopper.jpg"], BenchSettings(size=128, coarse=16, features="demo"), CPU)
+    assert result["matching"]["iterations"] == own.iterations and result["matching"]["start"] == own.start
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("model.kind=spade",), "is a spade"),
+        (("model.kind=cocosnet",), "is a cocosnet"),
+        (("model.matching.levels=1",), "matches 1 of its 3 levels"),
+        ((), "made for 4 candidates"),
+    ],
+)
+def test_a_model_that_the_bench_cannot_take_apart_is_refused_by_name(overrides, words, tmp_path):
+    model = build_model(load_config("tiny-cpu", ["data.task=edge", "model.matching.candidates=4", *overrides]))
+    save_model(tmp_path / "model.safetensors", model)
+    done = run("bench", "matching", "--features", tmp_path / "model.safetensors", "--size", 32, "--candidates", 5)
+    assert done.returncode == 3 and len(done.stderr.splitlines()) == 1 and words in done.stderr, done.stderr
 
 
 def test_bench_matching_from_the_shell(tmp_path):
@@ -198,6 +222,14 @@ def test_vgg16_without_its_weights_is_one_line_and_exit_5(tmp_path):
 def test_sizes_that_do_not_fit_are_refused(size, coarse):
     with pytest.raises(ConfigError, match="power of two"):
         bench_matching([DEMO / "hopper.jpg"], BenchSettings(size=size, coarse=coarse), CPU)
+
+
+@pytest.mark.parametrize(("size", "coarse"), [(16, 32), (96, 32)])
+def test_an_ablations_sizes_and_features_are_checked(size, coarse, tmp_path):
+    done = run("bench", "ablation", "--size", size, "--coarse", coarse, "-o", tmp_path)
+    assert done.returncode == 3 and "power of two" in done.stderr and not list(tmp_path.iterdir())
+    done = run("bench", "ablation", "--features", "demo", "-o", tmp_path)
+    assert done.returncode == 3 and "colour, vgg16" in done.stderr
 
 
 TINY = AblationSettings(size=32, coarse=16, channels=8, candidates=4, hidden=8, steps=2, train_pairs=4, test_pairs=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -281,6 +282,19 @@ def test_without_triton_the_engine_is_refused_by_name():
                 print(error)"""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.count("working triton") == 2 and done.stderr.count("Triton does not load") == 1
+
+
+def test_where_triton_cannot_start_the_reference_runs_and_says_so_once(tmp_path):
+    """Neither a compiler nor a driver: whichever Triton asks for first at a GPU, it is not there."""
+    program = """if True:
+        import torch
+        from cocosnet.model import patchmatch
+        torch.cuda.is_available = lambda: True
+        assert patchmatch._triton(torch.zeros(1), 4) is patchmatch._triton(torch.zeros(1), 4) is None"""
+    environment = os.environ | {"CC": str(tmp_path / "no-such-cc"), "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and done.stderr.count("Triton does not load") == 1, done.stderr
 
 
 PEAK = """

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cocosnet.bench.features import Pyramid, Reduction, fit_reduction, fixed_features
+from cocosnet.bench.features import FIXED, Pyramid, Reduction, fit_reduction, fixed_features
 from cocosnet.bench.quality import endpoint_error, error_summary, warp_quality
-from cocosnet.bench.truth import Pair, make_pair, read_square
-from cocosnet.config import DistortionConfig, MatchingConfig
-from cocosnet.errors import DataError
+from cocosnet.bench.truth import Pair, levels_between, make_pair, read_square
+from cocosnet.config import DistortionConfig, LossConfig, MatchingConfig
+from cocosnet.errors import ConfigError, DataError
 from cocosnet.files import atomic_write
 from cocosnet.losses.correspondence import correspondence_loss
 from cocosnet.model.hierarchy import Hierarchy, Level
@@ -32,7 +32,8 @@ from cocosnet.model.warp import upsample_positions
 
 MEASURES = ("epe", "epe_median", "within_1px", "within_3px", "l1", "psnr", "ssim")
 LOWER_IS_BETTER = ("epe", "epe_median", "l1")
-DECAY = 0.8  # of the loss's weights over the iterations, as in `config.LossConfig.iteration_decay`
+DECAY = LossConfig.iteration_decay  # of the loss's weights over the iterations
+MATCHING = MatchingConfig(inputs="relative")  # what all rows have in common, but for what settings and row say
 TEST_SEED = 0  # the test warps are the same for every row and seed
 TEST_BATCH = 8
 
@@ -57,7 +58,7 @@ class AblationSettings:
     @property
     def levels(self) -> int:
         """Levels of the full model."""
-        return (self.size // self.coarse).bit_length()
+        return levels_between(self.coarse, self.size)
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,12 @@ def run_ablation(
     Yields each row's result when it is there. Every fifth picture (at least one) is held out for the test.
 
     Raises:
+        ConfigError: a size that is not a power of two times the coarse side; features that are not fixed ones.
         DataError: fewer than two pictures, one that cannot be read, or `folder` cannot be written.
     """
+    levels_between(settings.coarse, settings.size)
+    if settings.features not in FIXED:
+        raise ConfigError(f"an ablation trains on fixed features ({', '.join(FIXED)}), not on {settings.features}")
     if len(pictures) < 2:
         raise DataError(f"an ablation needs at least two pictures, found {len(pictures)}; give a folder with more")
     raw = fixed_features(settings.features, settings.levels)
@@ -193,7 +198,10 @@ def tables_as_markdown(tables: dict[str, list[dict[str, Any]]], settings: Ablati
 
 def _markdown(rows: Sequence[dict[str, Any]]) -> str:
     shown = {"epe": "EPE", "epe_median": "median", "within_1px": "<= 1 px", "within_3px": "<= 3 px"}
-    lines = ["| | " + " | ".join(shown.get(name, name.upper()) for name in MEASURES) + " |", "|---" * 8 + "|"]
+    lines = [
+        "| | " + " | ".join(shown.get(name, name.upper()) for name in MEASURES) + " |",
+        "|---" * (len(MEASURES) + 1) + "|",
+    ]
     for row in rows:
         cells = [_cell(name, row["values"][name]) for name in MEASURES]
         lines.append(f"| {row['title']} | " + " | ".join(cells) + " |")
@@ -210,14 +218,14 @@ def _cell(measure: str, values: Sequence[float]) -> str:
 
 def _untrained(row: Row, settings: AblationSettings, seed: int) -> Hierarchy:
     """A matcher whose projections change nothing yet, in training mode."""
-    config = MatchingConfig(
+    config = dataclasses.replace(
+        MATCHING,
         channels=settings.channels,
         candidates=settings.candidates,
         iterations=settings.iterations,
         hidden=settings.hidden,
         propagation=row.propagation,
         refinement=row.refinement,
-        inputs="relative",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from cocosnet.bench.features import Pyramid
 from cocosnet.bench.machine import copy_rate, matching_floor, measured, multiply_rate
 from cocosnet.bench.quality import endpoint_error, error_summary, warp_quality
 from cocosnet.bench.sources import Source, open_source
-from cocosnet.bench.truth import Pair, make_pair, read_square
+from cocosnet.bench.truth import Pair, levels_between, make_pair, read_square
 from cocosnet.config import DistortionConfig, MatchingConfig
 from cocosnet.errors import ConfigError, DataError
 from cocosnet.model.exact import exact_top_k
@@ -31,8 +31,10 @@ from cocosnet.model.hierarchy import Level, PatchMatchLevel
 from cocosnet.model.matches import Matches
 from cocosnet.model.patchmatch import select_engine
 from cocosnet.model.warp import downsample
+from cocosnet.precision import autocast
 
 SAMPLE = 4096  # pixels of a level for which the exact answer is found
+CORNER = 8  # px, side of the part of the coarse level that engines warm up on
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class BenchSettings:
     size: int = 512  # px, side of the pictures and of the finest level
     coarse: int | None = None  # px, side of the exact level; None: an eighth of the size, or the checkpoint's own
     features: str = "colour"  # colour, vgg16, or a checkpoint
-    matching: MatchingConfig = field(default_factory=MatchingConfig)
+    matching: MatchingConfig = field(default_factory=MatchingConfig)  # of fixed features; a checkpoint has its own
+    asked: Mapping[str, Any] = field(default_factory=dict)  # values of MatchingConfig that both give way to
     distortion: DistortionConfig = field(default_factory=DistortionConfig)
     seed: int = 0
     repeats: int = 1  # of which the quickest counts
@@ -62,7 +65,8 @@ def bench_matching(
         DataError: no picture could be read.
         MissingWeights, CheckpointError, MissingDependency: as `open_source` and the engines say.
     """
-    source = open_source(settings.features, settings.matching, _depth(settings), device)
+    depth = None if settings.coarse is None else levels_between(settings.coarse, settings.size)
+    source = open_source(settings.features, settings.matching, depth, device, settings.asked)
     if settings.size % 2 ** (len(source.levels) - 1):
         raise ConfigError(f"size {settings.size} cannot be halved {len(source.levels) - 1} times")
     generator = torch.Generator().manual_seed(settings.seed)
@@ -89,9 +93,11 @@ def measure_pair(
     pair: Pair, source: Source, settings: BenchSettings, device: torch.device, with_baseline: bool
 ) -> tuple[list[dict[str, float]], dict[str, Any] | None]:
     """Each level's figures, coarse to fine; and the comparison with the release's arithmetic where it is asked for."""
-    x, y = source.pyramids(pair.query, pair.exemplar)
+    with autocast(source.precision, device):
+        x, y = source.pyramids(pair.query, pair.exemplar)
     factors = [2 ** (len(x) - 1 - index) for index in range(len(x))]
     pictures = [downsample(pair.exemplar, factor) for factor in factors]
+    _warm_up(source, x, y, pictures)
     before: Matches | None = None
     levels, figures = [], []
     for index, factor in enumerate(factors):
@@ -146,23 +152,26 @@ def _within(positions: Tensor, truth: Tensor, chosen: Tensor, radius: float = 1.
     return (endpoint_error(positions, truth)[chosen] <= radius).float().mean().item()
 
 
-def _depth(settings: BenchSettings) -> int | None:
-    """How many levels lie between the coarse side and the size, both counted; None where the source decides."""
-    if settings.coarse is None:
-        return None
-    ratio = settings.size / settings.coarse
-    if ratio < 1 or not math.log2(ratio).is_integer():
-        raise ConfigError(f"size {settings.size} is not {settings.coarse} (coarse) times a power of two")
-    return int(math.log2(ratio)) + 1
-
-
 def _work(
     source: Source, index: int, before: Matches | None, x: Pyramid, y: Pyramid, pictures: list[Tensor]
 ) -> Callable[[], Level]:
     """One level's matching, ready to be run."""
     given = (x[index], y[index], pictures[index])
     level = source.levels[index]
-    return lambda: level(before, *given) if isinstance(level, PatchMatchLevel) else level(*given)
+
+    def work() -> Level:
+        with autocast(source.precision, pictures[index].device):
+            return level(before, *given) if isinstance(level, PatchMatchLevel) else level(*given)
+
+    return work
+
+
+def _warm_up(source: Source, x: Pyramid, y: Pyramid, pictures: list[Tensor]) -> None:
+    """Every level on a corner of its maps: what engines compile on their first call is not the algorithm's time."""
+    before: Matches | None = None
+    for index in range(len(x)):
+        corners = ([m[..., : CORNER << i, : CORNER << i] for i, m in enumerate(maps)] for maps in (x, y, pictures))
+        before = _work(source, index, before, *corners)().matches
 
 
 def _rivalry(
@@ -260,7 +269,8 @@ def _report(
         **{name: getattr(settings, name) for name in ("size", "features", "seed", "repeats")},
         "coarse": int(levels[0]["side"]),
         "matching": dataclasses.asdict(source.config),
-        "engine": _engine(source.config.backend, device),
+        "engine": _engine(source.config, device),
+        "precision": str(source.precision).removeprefix("torch."),
         "device": str(device),
         "threads": torch.get_num_threads(),
         "pictures": len(found),
@@ -273,9 +283,10 @@ def _report(
     }
 
 
-def _engine(backend: str, device: torch.device) -> str:
-    """Which engine the backend means on this device."""
-    return backend if backend == "exact" else select_engine(backend, torch.zeros(1, device=device)).name
+def _engine(config: MatchingConfig, device: torch.device) -> str:
+    """Which engine the backend means on this device, for that many candidates."""
+    like = torch.zeros(1, device=device)
+    return "exact" if config.backend == "exact" else select_engine(config.backend, like, config.candidates).name
 
 
 def _floor(levels: list[dict[str, float]], config: MatchingConfig, device: torch.device) -> dict[str, float]:

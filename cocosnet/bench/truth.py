@@ -16,6 +16,7 @@ from torch import Tensor
 from cocosnet.config import DistortionConfig
 from cocosnet.data.distortion import apply_grid, random_grid
 from cocosnet.data.images import load_rgb, to_tensor
+from cocosnet.errors import ConfigError
 from cocosnet.model.warp import downsample
 
 
@@ -40,6 +41,18 @@ class Pair:
     def shrunk(self, factor: int) -> Pair:
         """The same pair at a `factor` times smaller size."""
         return Pair(downsample(self.query, factor), downsample(self.exemplar, factor), self.truth(factor)[0])
+
+
+def levels_between(coarse: int, size: int) -> int:
+    """How many levels lie between a coarse side and a fine one (px), both counted.
+
+    Raises:
+        ConfigError: `size` is not a power of two times `coarse`.
+    """
+    ratio, rest = divmod(size, coarse)
+    if rest or ratio < 1 or ratio & (ratio - 1):
+        raise ConfigError(f"size {size} is not {coarse} (coarse) times a power of two")
+    return ratio.bit_length()
 
 
 def make_pair(pictures: Tensor, config: DistortionConfig, generator: torch.Generator) -> Pair:

@@ -222,10 +222,13 @@ def _say_too_many(candidates: int, most: int) -> None:
 
 @functools.cache
 def _triton_module() -> ModuleType | None:
-    """None where Triton cannot be loaded, which is said once."""
+    """None where Triton cannot be loaded or cannot start, which is said once."""
     try:
         from cocosnet.model import triton_engine
-    except (ImportError, RuntimeError) as error:
-        logger.warning("matching runs on its slow reference engine, since Triton does not load (%s)", error)
+
+        triton_engine.start()
+    except Exception as error:  # its parts fail by errors of many kinds, down to assertions
+        reason = " ".join(str(error).split())
+        logger.warning("matching runs on its slow reference engine, since Triton does not load (%s)", reason)
         return None
     return triton_engine

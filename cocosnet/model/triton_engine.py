@@ -32,6 +32,17 @@ SHORTEST = tl.constexpr(patchmatch.SHORTEST)
 SIZES = ["count", "height", "width", "rows", "columns", "coarse_height", "coarse_width"]
 
 
+def start() -> None:
+    """Build what Triton launches kernels with; nothing without a GPU.
+
+    Raises:
+        Exception: there is no C compiler, none of Python's headers, no driver, or no folder for Triton's cache. The
+            first launch would raise it otherwise, when it is too late for another engine.
+    """
+    if torch.cuda.is_available():
+        triton.runtime.driver.active.get_current_device()
+
+
 def can_handle(features: Tensor, candidates: int) -> bool:
     """Whether the kernels run: a type that they know, K that fits, on a GPU (or anywhere under the interpreter)."""
     return (
