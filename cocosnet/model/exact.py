@@ -14,6 +14,7 @@ from cocosnet.model.matches import Matches
 from cocosnet.model.warp import is_open
 
 CHUNK = 2**24  # similarities held at once while the top K are picked: 64 MiB of float32
+WIDTH = 8  # numbers in a row of attention, or a multiple: otherwise a GPU's fused kernels stand back, and all is stored
 GROUP = 64  # neighbouring similarities that are first looked at by their maximum alone
 
 
@@ -22,11 +23,11 @@ def exact_warp(features_x: Tensor, features_y: Tensor, exemplar: Tensor, tempera
 
     features_x B,C,h,w and features_y B,C,H,W of unit length; exemplar B,3,H,W. Returns B,3,h,w float32.
     """
-    queries, keys, values = (_rows(t.float()) for t in (features_x, features_y, exemplar))
-    # Fused attention kernels want values as wide as the keys.
-    padded = F.pad(values, (0, max(keys.shape[-1] - values.shape[-1], 0)))
+    maps = features_x, features_y, exemplar
+    width = -(-max(t.shape[1] for t in maps) // WIDTH) * WIDTH
+    queries, keys, values = (_rows(t.float(), width) for t in maps)
     with torch.autocast(queries.device.type, enabled=False):  # tau = 0.01 magnifies every rounding a hundredfold
-        warped = F.scaled_dot_product_attention(queries, keys, padded, scale=1 / temperature)[..., : values.shape[-1]]
+        warped = F.scaled_dot_product_attention(queries, keys, values, scale=1 / temperature)[..., : exemplar.shape[1]]
     return warped.squeeze(1).transpose(1, 2).unflatten(2, features_x.shape[-2:])
 
 
@@ -74,6 +75,7 @@ def _fill(positions: Tensor, scores: Tensor, candidates: int) -> Matches:
     return Matches(positions, scores)
 
 
-def _rows(map_BCHW: Tensor) -> Tensor:
-    """B,C,H,W -> B,1,HW,C: one head of attention."""
-    return map_BCHW.flatten(2).transpose(1, 2).unsqueeze(1)
+def _rows(map_BCHW: Tensor, width: int) -> Tensor:
+    """B,C,H,W -> B,1,HW,width: one head of attention, zeros after the C numbers of a row, which lie together."""
+    rows = map_BCHW.flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
+    return F.pad(rows, (0, width - rows.shape[-1]))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cocosnet.errors import MissingDependency
 from cocosnet.model.matches import Matches
-from cocosnet.model.warp import clamp_positions, is_open, of_axes, sample, scattered_positions, soft_warp
+from cocosnet.model.warp import clamp_positions, is_open, of_axes, pixel_grid, sample, scattered_positions, soft_warp
 
 logger = logging.getLogger(__name__)
 AXES = (-1, -2)  # horizontal first, then vertical
@@ -61,7 +61,7 @@ def descend(coarse_positions: Tensor, features_x: Tensor, features_y: Tensor) ->
     height, width = features_x.shape[-2:]
     count = coarse_positions.shape[1]
     scattered = scattered_positions(count, (height, width), features_y.shape[-2:], features_x.device)
-    corners = coarse_positions.new_tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).view(1, 1, 4, 2, 1, 1)
+    corners = pixel_grid(2, 2, coarse_positions.device).flatten(1).T.view(1, 1, 4, 2, 1, 1)
     children = (2 * coarse_positions[:, : -(-count // 2)].unsqueeze(2) + corners).flatten(1, 2)
     children = children.repeat_interleave(2, dim=-2).repeat_interleave(2, dim=-1)[..., :height, :width]
     candidates = torch.cat([children, scattered.expand(len(children), -1, -1, -1, -1)], dim=1)

@@ -83,7 +83,8 @@ def child_positions(positions_BK2hw: Tensor, height: int, width: int) -> Tensor:
     """
     candidates = positions_BK2hw.shape[1]
     doubled = 2 * positions_BK2hw[:, : -(-candidates // 4)].permute(0, 3, 4, 1, 2)  # B,h,w,parents,2
-    sub, corner = torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij")  # of the fine pixel and of the match
+    four = torch.arange(4, device=doubled.device)
+    sub, corner = torch.meshgrid(four, four, indexing="ij")  # of the fine pixel and of the match
     steps = torch.stack([(sub // 2 + corner // 2) % 2, (sub + corner) % 2], dim=-1).to(doubled)
     children = doubled[:, :, None, :, None, :, None] + steps.view(1, 1, 2, 1, 2, 1, 4, 2)
     # B,h,2,w,2,parents,4,2: in this order the next two lines copy nothing, and a pixel's candidates lie together.
