@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cocosnet.bench.machine import measured
-from cocosnet.config import load_config
+from cocosnet.config import LossConfig, load_config
 from cocosnet.losses.correspondence import correspondence_loss
 from cocosnet.model.hierarchy import Hierarchy
 
@@ -49,7 +49,7 @@ def step(size: int, checkpoint: bool) -> None:
     x, y = pyramid(size), pyramid(size)
     exemplar, target = torch.rand(2, 1, 3, size, size) * 2 - 1
     levels = matcher(x, y, exemplar)
-    correspondence_loss([level.warps for level in levels], target, torch.ones(1), 0.8).backward()
+    correspondence_loss([level.warps for level in levels], target, torch.ones(1), LossConfig.iteration_decay).backward()
 
 
 def pyramid(size: int) -> list[Tensor]:
