@@ -146,19 +146,24 @@ def test_bad_records_travel_on_and_exit_is_4(place, invoke, monkeypatch):
         good | {"id": "no file", "exemplar": "nothing.png"},
         good | {"id": "empty file", "condition": str(place / "broken.png")},
         good | {"id": "earlier", "status": "error", "error": "failed before"},
+        good | {"id": "NUL", "condition": "a\0b.png"},
+        good | {"id": "half a pair", "exemplar": "a\ud800b.png", "output": "a\ud800b.png"},
+        good | {"id": "good again"},
     ]
     stream = "\n".join([*map(json.dumps, records), "not json", '{"no": "id"}', ""]) + "\n"
     (place / "mixed.jsonl").write_text(stream)
     done = run("translate", "-m", "-", "-w", place / "tiny.safetensors", "-o", place / "mixed", "--json", stdin=stream)
     out = lines(done.stdout)
     assert done.returncode == 4 and "Traceback" not in done.stderr
-    assert [record["status"] for record in out] == ["ok"] + ["error"] * 5
+    assert [record["status"] for record in out] == ["ok"] + ["error"] * 5 + ["ok"] + ["error"] * 2
     assert out[0]["mine"] == [1] and out[3]["error"] == "failed before"
     assert "nothing.png" in out[1]["error"] and "broken.png" in out[2]["error"]
-    assert [record["id"] for record in out[4:]] == ["line-5", "line-6"]
-    measured = run("eval", "-m", "-", "--metrics", "psnr", "--json", stdin=done.stdout)
+    assert r"a\x00b.png: no file can have this name" in out[4]["error"] and r"a\ud800b.png" in out[5]["error"]
+    assert [record["id"] for record in out[7:]] == ["line-8", "line-9"]
+    odd = json.dumps(out[0] | {"id": "odd", "output": "a\ud800b.png"}) + "\n"
+    measured = run("eval", "-m", "-", "--metrics", "psnr", "--json", stdin=odd + done.stdout)
     (result,) = lines(measured.stdout)
-    assert measured.returncode == 4 and (result["count"], result["failed"]) == (1, 5)
+    assert measured.returncode == 4 and (result["count"], result["failed"]) == (2, 8)
 
 
 def test_odd_ids_stay_inside_the_folder(place):

@@ -132,6 +132,8 @@ def _check_file(path: str | Path) -> None:
     """Raises DataError where there is no file with something in it; opening a pipe would wait for ever."""
     try:
         state = os.stat(path)
+    except ValueError as error:  # a NUL, or half of a surrogate pair
+        raise DataError(f"{shown(path)}: no file can have this name; check the path") from error
     except OSError as error:
         reason = "no such file; check the path" if isinstance(error, FileNotFoundError) else f"{error.strerror}"
         raise DataError(f"{shown(path)}: {reason}") from error
