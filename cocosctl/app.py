@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from cocosctl.exits import ExitCode, exit_code_of
-from cocosctl.output import abandon_stdout, prepare_streams, say
+from cocosctl.output import abandon_stdout, prepare_streams, say, speaks
 from cocosctl.registry import LazyGroup
 from cocosnet.errors import CocosError
 
@@ -70,7 +70,8 @@ def _invoke(arguments: list[str]) -> int:
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "cocosctl"
         message = " ".join(error.format_message().split()).rstrip(".")
-        say(f"error: {message} (see `{path} --help`)")
+        if speaks():  # all processes under torchrun have the same command line
+            say(f"error: {message} (see `{path} --help`)")
         return error.exit_code
     return ExitCode.OK
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +11,7 @@ from typer import Option
 
 from cocosctl import options
 from cocosctl.exits import ExitCode
-from cocosctl.jobs import open_records
+from cocosctl.jobs import open_records, own_device
 from cocosctl.output import Output
 from cocosnet.data.records import Record
 from cocosnet.errors import ConfigError, DataError
@@ -116,10 +115,6 @@ def _records(manifest: str | None, sources: dict[str, Path], limit: int | None) 
     if manifest is not None:
         if sources:
             raise typer.BadParameter("give --manifest or folders, not both", param_hint="--manifest")
-        if manifest == "-" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise typer.BadParameter(
-                "processes cannot share stdin; save the records to a file", param_hint="--manifest"
-            )
         return open_records(manifest, limit)
     from cocosnet.metrics import records_from
 
@@ -136,13 +131,12 @@ def _measure(
     out: Output,
 ) -> tuple[Evaluation, dict[str, Any] | None]:
     """Run the metrics once `check` has passed them; the result is None in all processes but the first."""
-    from cocosnet.checkpoint import resolve_device
     from cocosnet.metrics import Evaluation
     from cocosnet.metrics.shards import Shards
 
     shards = Shards.join()
     try:
-        evaluation = Evaluation(names, _own_device(str(resolve_device(device))), seed=seed, sides=sides, shards=shards)
+        evaluation = Evaluation(names, own_device(device), seed=seed, sides=sides, shards=shards)
         check(evaluation)
         with out.progress("pairs", len(records) if isinstance(records, list) else None) as advance:
             result = evaluation.run(_counted(records, advance))
@@ -163,11 +157,6 @@ def _refuse_missing(evaluation: Evaluation, sources: dict[str, Path]) -> None:
             if role not in sources:
                 option = OPTIONS.get(role, "--manifest")
                 raise typer.BadParameter(f"{name} needs it: the {role} of every output", param_hint=option)
-
-
-def _own_device(device: str) -> str:
-    """Under torchrun each process takes the GPU of its number."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 
 def _counted(records: Iterable[Record], advance: Any) -> Iterator[Record]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -10,11 +11,12 @@ from pathlib import Path
 
 import typer
 
-from cocosctl.exits import ExitCode
-from cocosctl.output import Output
+from cocosctl.exits import ExitCode, exit_code_of
+from cocosctl.output import Output, speaks
 from cocosnet.data.records import Record, iter_records, read_manifest
 from cocosnet.errors import CocosError
 from cocosnet.files import safe_name
+from cocosnet.launcher import place
 
 DEMO_MANIFEST = "demo/manifest.jsonl"
 
@@ -27,14 +29,30 @@ def open_records(manifest: str, limit: int | None = None) -> Iterable[Record]:
     Raises:
         DataError: the manifest cannot be read or is empty. A bad line is an error record, not an exception.
         MissingWeights: the shipped demo is not there.
+        BadParameter (usage): stdin, and there are several processes.
     """
     if manifest == "-":
+        if place()[1] > 1:
+            raise typer.BadParameter(
+                "processes cannot share stdin; save the records to a file", param_hint="--manifest"
+            )
         return islice(iter_records(sys.stdin), limit)
     if manifest == "demo" and not Path(manifest).exists():
         from cocosnet.weights import packed_file
 
         manifest = str(packed_file(DEMO_MANIFEST))
     return read_manifest(manifest)[:limit]
+
+
+def own_device(device: str) -> str:
+    """The device of that name for this process: under torchrun each takes the GPU of its number.
+
+    Raises MissingDependency where it is not there.
+    """
+    from cocosnet import groups
+    from cocosnet.checkpoint import resolve_device
+
+    return str(groups.own_device(resolve_device(device)))
 
 
 def check_form(condition: Path | None, exemplar: Path | None, manifest: str | None) -> None:
@@ -51,13 +69,21 @@ def run(
     manifest: str | None,
     limit: int | None,
     output: Path,
-    step: Step,
+    load: Callable[[], Step],
     out: Output,
 ) -> list[Record]:
-    """Handle two files, or the records of a manifest where one is given. Returns the records as they were printed."""
+    """Handle two files, or the records of a manifest where one is given, by the step that `load` gives.
+
+    Of several processes (`torchrun`) each handles its share of the manifest; two files are the first one's.
+
+    Returns:
+        the records as they were printed.
+    """
     if manifest is None:
-        return [run_pair(condition, exemplar, output, step, out)]
-    return run_many(open_records(manifest, limit), output, step, out)
+        return [run_pair(condition, exemplar, output, load(), out)] if speaks() else []
+    records = open_records(manifest, limit)
+    with first_process_speaks(), _group() as agreed:
+        return run_many(records, output, agreed(load), out)
 
 
 def run_pair(condition: Path, exemplar: Path, output: Path, step: Step, out: Output) -> Record:
@@ -71,14 +97,14 @@ def run_many(records: Iterable[Record], folder: Path, step: Step, out: Output) -
     """Handle records one after the other, printing each as it is done; a failed one does not stop the others.
 
     Returns:
-        the records as they were printed.
+        the records as they were printed, in every process.
     """
     done = []
     total = len(records) if isinstance(records, list) else None
     with out.progress("pairs", total) as advance:
-        for record, path in name_outputs(records, folder):
-            done.append(_attempt(record, path, step))
-            out.record(done[-1])
+        for record in _handled(name_outputs(records, folder), step):
+            done.append(record)
+            out.record(record)
             advance()
     return done
 
@@ -87,7 +113,7 @@ def finish(done: list[Record], out: Output) -> None:
     """Sum up on stderr, and exit with 4 where records failed."""
     counts = {status: sum(record.status == status for record in done) for status in ("ok", "skipped", "error")}
     out.note(f"{counts['ok']} done, {counts['skipped']} up to date, {counts['error']} failed")
-    if counts["error"]:
+    if counts["error"] and speaks():  # torchrun would end the first process where another exits with an error
         raise typer.Exit(ExitCode.FAILED_ITEMS)
 
 
@@ -99,6 +125,58 @@ def name_outputs(records: Iterable[Record], folder: Path) -> Iterator[tuple[Reco
             record = record.failure("this id came before in the same run; ids must differ")
         seen.add(record.id)
         yield record, folder / f"{safe_name(record.id)}.png"
+
+
+@contextlib.contextmanager
+def first_process_speaks() -> Iterator[None]:
+    """Under torchrun an error is raised in all processes; the others only exit with its code."""
+    try:
+        yield
+    except CocosError as error:
+        if not speaks():
+            raise typer.Exit(exit_code_of(error)) from error
+        raise
+
+
+@contextlib.contextmanager
+def _group() -> Iterator[Callable[[Callable[[], Step]], Step]]:
+    """Yield what calls a function in all processes and raises in all what is wrong in one; ends the group after it."""
+    if place()[1] == 1:
+        yield lambda work: work()
+        return
+    from cocosnet import groups
+
+    groups.join_group()
+    try:
+        yield groups.agree
+    finally:
+        groups.end_group()
+
+
+def _handled(named: Iterator[tuple[Record, Path]], step: Step) -> Iterator[Record]:
+    """Records after `step`, in their order. Several processes take one record each and come together after it."""
+    rank, size = place()
+    if size == 1:
+        yield from (_attempt(record, path, step) for record, path in named)
+        return
+    from cocosnet.groups import all_alive, everyone
+
+    while turn := list(islice(named, size)):
+        mine = _caught(*turn[rank], step) if rank < len(turn) else None
+        with all_alive():
+            found = everyone(mine)
+        for record in found[: len(turn)]:
+            if isinstance(record, CocosError):
+                raise record
+            yield record
+
+
+def _caught(record: Record, path: Path, step: Step) -> Record | CocosError:
+    """As `_attempt`, with what ends the batch as a value, for the other processes."""
+    try:
+        return _attempt(record, path, step)
+    except CocosError as error:
+        return error
 
 
 def _attempt(record: Record, path: Path, step: Step) -> Record:

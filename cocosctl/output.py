@@ -11,16 +11,29 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from cocosnet.data.records import Record, write_record
+from cocosnet.launcher import place
+
+
+def speaks() -> bool:
+    """Whether this process speaks for its group: without a launcher it does, of several the first one."""
+    return place()[0] == 0
 
 
 class Output:
-    """What a command says. With `as_json` data is JSON, one object a line; otherwise it is text, one path a line."""
+    """What a command says. With `as_json` data is JSON, one object a line; otherwise it is text, one path a line.
+
+    Of several processes under torchrun only the first says anything.
+    """
 
     def __init__(self, as_json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
-        self.as_json, self.quiet, self.verbose = as_json, quiet, verbose and not quiet
+        self.mute = not speaks()
+        self.as_json, self.quiet = as_json, quiet or self.mute
+        self.verbose = verbose and not self.quiet
 
     def record(self, record: Record, role: str = "output") -> None:
         """Send one record on: as JSON, or as the path of its `role`. A failed one is also told on stderr."""
+        if self.mute:
+            return
         if record.failed:
             self.error(f"{record.id}: {record.error}")
         if self.as_json:
@@ -30,6 +43,8 @@ class Output:
 
     def result(self, values: dict[str, Any]) -> None:
         """Print one object: as JSON, or as a line `name value` for each entry."""
+        if self.mute:
+            return
         if self.as_json:
             _print_flushed(_json(values))
             return
@@ -39,7 +54,8 @@ class Output:
 
     def row(self, values: dict[str, Any], text: str) -> None:
         """Print one row of a list: the object as JSON, or `text`."""
-        _print_flushed(_json(values) if self.as_json else text)
+        if not self.mute:
+            _print_flushed(_json(values) if self.as_json else text)
 
     def note(self, text: str) -> None:
         """Say something of interest, unless quiet."""
@@ -52,8 +68,9 @@ class Output:
             say(text)
 
     def error(self, text: str) -> None:
-        """Say what went wrong, always."""
-        say(f"error: {text}")
+        """Say what went wrong, however quiet."""
+        if not self.mute:
+            say(f"error: {text}")
 
     @contextlib.contextmanager
     def progress(self, task: str, total: int | None) -> Iterator[Callable[[], None]]:

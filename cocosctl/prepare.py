@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,11 +10,10 @@ import typer
 from typer import Argument, Option
 
 from cocosctl import options
-from cocosctl.exits import ExitCode, exit_code_of
-from cocosctl.jobs import finish
-from cocosctl.output import Output
+from cocosctl.exits import ExitCode
+from cocosctl.jobs import finish, first_process_speaks, own_device
+from cocosctl.output import Output, speaks
 from cocosnet.config import Config
-from cocosnet.errors import CocosError
 
 if TYPE_CHECKING:
     from cocosnet.data.prepare import Preparation
@@ -68,33 +64,19 @@ def prepare(
     """
     out = Output(as_json, quiet, verbose)
     if check:
-        _check(source, output, limit, out)
+        if speaks():
+            _check(source, output, limit, out)
         return
     if output is None:
         raise typer.BadParameter("say where to write the prepared dataset", param_hint="--output")
     config = _config(recipe, task, {"size": size}, pairs, overrides or [])
     out.detail(f"{config.data} {config.prepare}")
-    with _first_process_speaks():
+    with first_process_speaks():
         preparation = _plan(source, output, config, limit, overwrite, labels, extractor, seed, device, workers)
         if dry_run:
             _foretell(preparation, out)
         else:
             _run(preparation, out)
-
-
-@contextlib.contextmanager
-def _first_process_speaks() -> Iterator[None]:
-    """Under torchrun an error is raised in all processes; the others only exit with its code."""
-    try:
-        yield
-    except CocosError as error:
-        if not _speaks():
-            raise typer.Exit(exit_code_of(error)) from error
-        raise
-
-
-def _speaks() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _plan(
@@ -109,9 +91,7 @@ def _plan(
     device: str,
     workers: int | None,
 ) -> Preparation:
-    from cocosnet.checkpoint import resolve_device
     from cocosnet.data.prepare import plan
-    from cocosnet.train.distributed import own_device
 
     return plan(
         source,
@@ -122,7 +102,7 @@ def _plan(
         labels=labels,
         extractor=extractor or "auto",
         seed=seed or 0,
-        device=str(own_device(resolve_device(device))),
+        device=own_device(device),
         workers=workers or 0,
     )
 
@@ -156,7 +136,7 @@ def _run(preparation: Preparation, out: Output) -> None:
 
 def _foretell(preparation: Preparation, out: Output) -> None:
     """What a run would do, and how much it would write."""
-    if not _speaks():
+    if not speaks():
         return
     total, done = 0, []
     for record, size in preparation.todo():

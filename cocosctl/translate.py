@@ -8,8 +8,8 @@ from typing import Annotated
 from typer import Option
 
 from cocosctl import options
-from cocosctl.jobs import Step, check_form, finish, planned, run
-from cocosctl.output import Output
+from cocosctl.jobs import Step, check_form, finish, own_device, planned, run
+from cocosctl.output import Output, speaks
 from cocosnet.data.records import Record
 
 
@@ -34,13 +34,17 @@ def translate(
 ) -> None:
     """Render a condition in the look of an exemplar.
 
-    Two files give one picture of the condition's proportions; --manifest gives one picture a record, OUT/ID.png.
+    Two files give one picture of the condition's proportions; --manifest gives one picture a record, OUT/ID.png. Under
+    torchrun the records are shared among the processes.
     """
     check_form(condition, exemplar, manifest)
     out = Output(as_json, quiet, verbose)
-    step = planned if dry_run else _translation(weights, device, raw, size, overwrite, report is not None)
-    done = run(condition, exemplar, manifest, limit, output, step, out)
-    if report is not None and not dry_run:
+
+    def load() -> Step:
+        return planned if dry_run else _translation(weights, device, raw, size, overwrite, report is not None)
+
+    done = run(condition, exemplar, manifest, limit, output, load, out)
+    if report is not None and not dry_run and speaks():
         _report(report, done, weights)
         out.note(f"report: {report}")
     finish(done, out)
@@ -49,7 +53,7 @@ def translate(
 def _translation(weights: str, device: str, raw: bool, size: int | None, overwrite: bool, keep_parts: bool) -> Step:
     from cocosnet.inference import Translator
 
-    translator = Translator(weights, device=device, raw=raw, size=size, keep_parts=keep_parts)
+    translator = Translator(weights, device=own_device(device), raw=raw, size=size, keep_parts=keep_parts)
 
     def step(record: Record, path: Path) -> Record:
         return translator.translate(record, path, overwrite=overwrite)

@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Option
 
 from cocosctl import options
-from cocosctl.jobs import Step, check_form, finish, planned, run
+from cocosctl.jobs import Step, check_form, finish, own_device, planned, run
 from cocosctl.output import Output
 
 
@@ -31,16 +31,20 @@ def warp_visualize(
 ) -> None:
     """Draw every level's warp, flow, score and match lines.
 
-    Two files give one picture; --manifest gives one picture a record, OUT/ID.png.
+    Two files give one picture; --manifest gives one picture a record, OUT/ID.png. Under torchrun the records are shared
+    among the processes.
     """
     check_form(condition, exemplar, manifest)
     out = Output(as_json, quiet, verbose)
-    step = planned if dry_run else _visualization(weights, device, raw, size)
-    done = run(condition, exemplar, manifest, limit, output, step, out)
+
+    def load() -> Step:
+        return planned if dry_run else _visualization(weights, device, raw, size)
+
+    done = run(condition, exemplar, manifest, limit, output, load, out)
     finish(done, out)
 
 
 def _visualization(weights: str, device: str, raw: bool, size: int | None) -> Step:
     from cocosnet.inference import Translator
 
-    return Translator(weights, device=device, raw=raw, size=size).visualize
+    return Translator(weights, device=own_device(device), raw=raw, size=size).visualize

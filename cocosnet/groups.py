@@ -1,12 +1,76 @@
-"""The end of a group of processes (`torchrun`), as the trainer, `prepare` and the metrics all need it."""
+"""A group of processes (`torchrun`): how they meet, agree and part; the trainer and the commands stand on it.
+
+`launcher.place` says who is who. Without a launcher there is one process, and nothing here needs to be called.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import os
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import torch
 import torch.distributed as dist
 
+from cocosnet.errors import CocosError
+from cocosnet.launcher import place
+
 GRACE = 0.05  # s; the worker threads need microseconds
+
+
+def join_group(backend: str = "gloo", timeout: datetime.timedelta | None = None) -> tuple[int, int]:
+    """Meet the others, where there are any and this was not yet done; answers as `place`.
+
+    Args:
+        backend: gloo exchanges what lies in the CPU's memory, nccl what lies in the GPUs'.
+        timeout: how long a process waits for another in an exchange; by default PyTorch's own.
+    """
+    rank, size = place()
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group(backend, timeout=timeout)
+    return rank, size
+
+
+def own_device(device: torch.device) -> torch.device:
+    """`cuda` without a number becomes the GPU that LOCAL_RANK names; anything else stays what it is."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return device
+
+
+def everyone(item: Any) -> list[Any]:
+    """Every process's item, in their order, in every process; all must come here."""
+    items: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def agree(work: Callable[[], Any]) -> Any:
+    """What `work` returns in this process, once it is done in all.
+
+    Raises, in every process, the error of the first in which it failed, so that none waits for another in vain.
+    """
+    failure, answer = None, None
+    try:
+        answer = work()
+    except CocosError as error:
+        failure = error
+    for error in everyone(failure):
+        if error is not None:
+            raise error
+    return answer
+
+
+@contextlib.contextmanager
+def all_alive() -> Iterator[None]:
+    """Around an exchange: say shortly that a process is gone, which has told itself why. Raises CocosError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise CocosError("another process of this run has ended; see what it said") from error
 
 
 def end_group() -> None:

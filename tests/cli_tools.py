@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 COCOSCTL = [sys.executable, "-m", "cocosctl"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cocosctl"]
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_tools import COCOSCTL, clean_environment, draw_pictures, lines, run
+from cli_tools import COCOSCTL, TORCHRUN, clean_environment, draw_pictures, lines, run
 from PIL import Image
 
 from cocosctl import app
@@ -164,6 +164,38 @@ def test_bad_records_travel_on_and_exit_is_4(place, invoke, monkeypatch):
     measured = run("eval", "-m", "-", "--metrics", "psnr", "--json", stdin=odd + done.stdout)
     (result,) = lines(measured.stdout)
     assert measured.returncode == 4 and (result["count"], result["failed"]) == (2, 8)
+
+
+def launched(place: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run `cocosctl ARGUMENTS` in two processes under torchrun."""
+    words = [*TORCHRUN, *map(str, arguments)]
+    return subprocess.run(words, cwd=place, capture_output=True, text=True, timeout=240, env=clean_environment())
+
+
+@pytest.mark.parametrize("command", ["translate", "warp-visualize"])
+def test_two_processes_share_the_records_and_the_first_one_speaks(place, invoke, command):
+    """In the manifest's order; a record fails in the second process, and the last turn has nothing for it."""
+    records = lines((place / "prep" / "manifest.jsonl").read_text())[:4]
+    records[1]["exemplar"] = "nothing.png"
+    manifest = place / "prep" / "five.jsonl"
+    manifest.write_text("".join(json.dumps(record) + "\n" for record in [*records, records[0]]))
+    options = [command, "-m", manifest, "-w", place / "tiny.safetensors", "--json", "-o"]
+    one, two = place / f"one-{command}", place / f"two-{command}"
+    alone, both = invoke(*options, one), launched(place, *options, two)
+    assert alone[0] == 4 and both.returncode == 1, both.stderr  # torchrun makes 1 of a process's 4
+    told = lines(both.stdout)
+    assert [record["status"] for record in told] == ["ok", "error", "ok", "ok", "error"]
+    assert [record["id"] for record in told] == [record["id"] for record in lines(alone[1])]
+    assert both.stderr.count("3 done, 0 up to date, 2 failed") == 1
+    made = {path.name: path.read_bytes() for path in two.iterdir()}
+    assert len(made) == 3 and made == {path.name: path.read_bytes() for path in one.iterdir()}
+
+
+def test_processes_cannot_share_stdin():
+    for command in (["translate", "-w", "demo", "-o", "never"], ["eval", "--metrics", "psnr"]):
+        first, second = (run(*command, "-m", "-", WORLD_SIZE="2", RANK=rank) for rank in "01")
+        assert first.returncode == second.returncode == 2 and second.stderr == ""
+        assert "cannot share stdin" in first.stderr and len(first.stderr.splitlines()) == 1
 
 
 def test_odd_ids_stay_inside_the_folder(place):

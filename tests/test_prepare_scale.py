@@ -12,14 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_tools import COCOSCTL, clean_environment, draw_pictures, lines, run
+from cli_tools import COCOSCTL, TORCHRUN, clean_environment, draw_pictures, lines, run
 from PIL import Image
 
 from cocosnet.config import Config, DataConfig, PrepareConfig
 from cocosnet.data.prepare import prepare
 from cocosnet.data.records import read_manifest
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cocosctl"]
 
 
 def pixels(folder: Path) -> dict[str, np.ndarray]:

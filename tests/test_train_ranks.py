@@ -16,7 +16,8 @@ import torch
 from train_tools import prepared_folder, steps_by
 
 from cocosnet.errors import ConfigError
-from cocosnet.train.distributed import Ranks, own_device
+from cocosnet.groups import own_device
+from cocosnet.train.distributed import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -18,13 +18,11 @@ import dataclasses
 import datetime
 import functools
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -38,7 +36,8 @@ from cocosnet.data.records import MANIFEST_NAME, Record, write_manifest
 from cocosnet.data.sources import check_landmarks, find_items
 from cocosnet.errors import CocosError, DataError
 from cocosnet.files import atomic_write
-from cocosnet.groups import end_group
+from cocosnet.groups import agree, end_group, everyone, join_group
+from cocosnet.launcher import place
 
 SCHEMA = "cocosctl.dataset/1"
 DATASET_NAME, ERRORS_NAME = "dataset.json", "errors.jsonl"
@@ -85,11 +84,8 @@ def plan(
     source, output = Path(source).absolute(), Path(output).absolute()
     labels = None if labels is None else Path(labels).absolute()
     maker = functools.partial(_maker, source, output, config, labels, extractor, device, overwrite, limit)
-    if not _shared():
-        return Preparation(source, maker(), seed, workers)
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=PATIENCE)
-    return Preparation(source, _agree(maker), seed, workers)
+    _, ranks = join_group(timeout=PATIENCE)
+    return Preparation(source, maker() if ranks == 1 else agree(maker), seed, workers)
 
 
 def _maker(
@@ -161,8 +157,9 @@ class Preparation:
         Raises:
             DataError: another run is at work on the folder. OutputError: it cannot be written.
         """
-        if _shared():
-            yield from self._run_shared(made)
+        rank, ranks = place()
+        if ranks > 1:
+            yield from self._run_shared(rank, ranks, made)
             return
         with _only_one(self.output):
             _remove_leftovers(self.output)
@@ -190,9 +187,8 @@ class Preparation:
         sizes = {"image": BYTES_A_PIXEL["image"] * pixels, "condition": condition, "feature": BYTES_A_VECTOR}
         return round(sum(sizes[part] for part in parts) + (BYTES_A_STAMP if parts else 0))
 
-    def _run_shared(self, made: Callable[[], None]) -> Iterator[Record]:
+    def _run_shared(self, rank: int, ranks: int, made: Callable[[], None]) -> Iterator[Record]:
         """As one of several processes: rank 0 holds the folder, all make, rank 0 pairs and yields."""
-        rank, ranks = dist.get_rank(), dist.get_world_size()
         with contextlib.ExitStack() as held:
 
             def take_folder() -> None:
@@ -200,11 +196,9 @@ class Preparation:
                     held.enter_context(_only_one(self.output))
                     _remove_leftovers(self.output)
 
-            _agree(take_folder)
+            agree(take_folder)
             step = lambda: [made() for _ in range(ranks)]  # noqa: E731  the others are about as far as this one
-            mine = _agree(lambda: list(self._make(range(len(self.items))[rank::ranks], step)))
-            shares: list[list[Made]] = [[] for _ in range(ranks)]
-            dist.all_gather_object(shares, mine)
+            shares = everyone(agree(lambda: list(self._make(range(len(self.items))[rank::ranks], step))))
             end_group()
             if rank == 0:
                 yield from self._finish(iter([one for share in shares for one in share]))
@@ -340,29 +334,6 @@ class _Elsewhere:
 
 
 def _as_it_is(answer: list[Made] | CocosError) -> list[Made] | CocosError:
-    return answer
-
-
-def _shared() -> bool:
-    """Whether torchrun started several processes."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1
-
-
-def _agree(work: Callable[[], Any]) -> Any:
-    """What `work` returns in this process, once it is done in all.
-
-    Raises, in every process, the error of the first in which it failed, so that none waits for another in vain.
-    """
-    failure, answer = None, None
-    try:
-        answer = work()
-    except CocosError as error:
-        failure = error
-    failures: list[CocosError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    for error in failures:
-        if error is not None:
-            raise error
     return answer
 
 

@@ -6,8 +6,6 @@ communicates. What is exchanged lies in the CPU's memory, so that gloo serves ev
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -16,8 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cocosnet.errors import CocosError
-from cocosnet.groups import end_group
+from cocosnet.groups import all_alive, end_group, join_group
 
 
 @dataclass(frozen=True)
@@ -30,10 +27,7 @@ class Shards:
     @classmethod
     def join(cls) -> Shards:
         """Take the place that the launcher gives."""
-        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if size > 1 and not dist.is_initialized():
-            dist.init_process_group("gloo")
-        return cls(rank, size)
+        return cls(*join_group())
 
     def share(self, items: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         """This process's items with their numbers in the whole: every size-th one."""
@@ -48,7 +42,7 @@ class Shards:
         if self.size == 1:
             return [item]
         items = [None] * self.size if self.rank == 0 else None
-        with _all_alive():
+        with all_alive():
             dist.gather_object(item, items)
         return items
 
@@ -61,7 +55,7 @@ class Shards:
         while self.size > 1:
             piece = next(own, None)
             more = torch.tensor(piece is not None, dtype=torch.int32)
-            with _all_alive():
+            with all_alive():
                 dist.all_reduce(more, dist.ReduceOp.MAX)
             if not more:
                 return
@@ -75,18 +69,9 @@ class Shards:
     def leave(self) -> None:
         """End the communication, after every rank has come here."""
         if self.size > 1 and dist.is_initialized():
-            with _all_alive():
+            with all_alive():
                 dist.barrier()
             end_group()
-
-
-@contextlib.contextmanager
-def _all_alive() -> Iterator[None]:
-    """Say shortly that a process is gone: it has told itself why."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise CocosError("another process of this evaluation has ended; see what it said") from error
 
 
 ALONE = Shards()  # one process

@@ -6,7 +6,6 @@ who by the environment (RANK, WORLD_SIZE); without it there is one process and n
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cocosnet.errors import ConfigError
-from cocosnet.groups import end_group
+from cocosnet.groups import end_group, everyone, join_group, own_device
+from cocosnet.launcher import place
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,13 @@ class Ranks:
         Raises:
             ConfigError: `batch` cannot be shared evenly.
         """
-        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank, size = place()
         if batch % size:
             raise ConfigError(f"train.batch={batch} must be a multiple of the {size} processes")
         device = own_device(device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        if size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        join_group("nccl" if device.type == "cuda" else "gloo")
         return cls(rank, size, device)
 
     @property
@@ -75,11 +74,7 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in their order, on every rank; all ranks must ask."""
-        if self.size == 1:
-            return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        return [value] if self.size == 1 else everyone(value)
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace every gradient (a missing one counts as zero) by its mean over the ranks, in one exchange."""
@@ -100,13 +95,6 @@ class Ranks:
         if self.size > 1:
             dist.barrier()
             end_group()
-
-
-def own_device(device: torch.device) -> torch.device:
-    """`cuda` without a number becomes the GPU that LOCAL_RANK names; anything else stays what it is."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return device
 
 
 ALONE = Ranks()  # one process
