@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -14,7 +15,7 @@ import typer
 from cocosctl.exits import ExitCode, exit_code_of
 from cocosctl.output import Output, speaks
 from cocosnet.data.records import Record, iter_records, read_manifest
-from cocosnet.errors import CocosError
+from cocosnet.errors import CocosError, DataError
 from cocosnet.files import safe_name
 from cocosnet.launcher import place
 
@@ -88,7 +89,11 @@ def run(
 
 def run_pair(condition: Path, exemplar: Path, output: Path, step: Step, out: Output) -> Record:
     """Handle one pair of files and print what became of it; what is wrong is raised."""
-    record = step(Record(id=output.stem or "pair", condition=str(condition), exemplar=str(exemplar)), output)
+    record = Record(id=output.stem or "pair", condition=str(condition), exemplar=str(exemplar))
+    fault = _fault(record, output, _inputs(record), {})
+    if fault is not None:
+        raise DataError(fault)
+    record = step(record, output)
     out.record(record)
     return record
 
@@ -118,13 +123,50 @@ def finish(done: list[Record], out: Output) -> None:
 
 
 def name_outputs(records: Iterable[Record], folder: Path) -> Iterator[tuple[Record, Path]]:
-    """Give every record its file `folder`/ID.png; an id that comes twice is an error, so that no output is lost."""
-    seen: set[str] = set()
+    """Give every record its file `folder`/ID.png.
+
+    No file is lost: a record whose file is another's output already, or a picture that the run's records name, is an
+    error. Of a stream only the records so far are known, so one is an error, too, whose picture was written over.
+    """
+    outputs: dict[str, str] = {}
+    inputs: dict[str, str] = {}
+    for record in records if isinstance(records, list) else ():
+        inputs |= _inputs(record)
     for record in records:
-        if record.id in seen and not record.failed:
-            record = record.failure("this id came before in the same run; ids must differ")
-        seen.add(record.id)
-        yield record, folder / f"{safe_name(record.id)}.png"
+        path = folder / f"{safe_name(record.id)}.png"
+        if not record.failed:
+            inputs |= _inputs(record)
+            fault = _fault(record, path, inputs, outputs)
+            if fault is None:
+                outputs[_real(path)] = record.id
+            else:
+                record = record.failure(fault)
+        yield record, path
+
+
+def _fault(record: Record, path: Path, inputs: dict[str, str], outputs: dict[str, str]) -> str | None:
+    """Why a record may not be written to `path`, if so; both tables are of a file's real path."""
+    real = _real(path)
+    if real in outputs:
+        return f"id {outputs[real]!r} came before in the same run, with the same file {path}; ids must differ"
+    if real in inputs:
+        return f"its output {path} would replace {inputs[real]}, which this run reads; write somewhere else"
+    lost = next((file for file in _inputs(record) if file in outputs), None)
+    return lost and f"{lost} is now the output of {outputs[lost]!r} in the same run; write somewhere else"
+
+
+def _inputs(record: Record) -> dict[str, str]:
+    """The pictures that a record names: real path -> path."""
+    files = (record.condition, record.exemplar, record.exemplar_condition, record.target)
+    return {_real(file): file for file in files if file is not None}
+
+
+def _real(path: str | Path) -> str:
+    """The path with all links followed; one that no file can have stays as it is."""
+    try:
+        return os.path.realpath(path)
+    except ValueError:
+        return str(path)
 
 
 @contextlib.contextmanager

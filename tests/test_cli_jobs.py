@@ -23,8 +23,12 @@ def test_any_id_names_a_file_in_the_folder(identifier):
 
 
 @given(st.lists(ANY_TEXT, min_size=2, unique=True))
-def test_different_ids_have_different_names(identifiers):
-    assert len({safe_name(identifier) for identifier in identifiers}) == len(identifiers)
+def test_no_two_records_have_one_file(identifiers):
+    """Not even where an id is what another is called on the disk: then the later one fails."""
+    called = [safe_name(identifier) for identifier in identifiers]
+    named = list(name_outputs([Record(name) for name in dict.fromkeys(identifiers + called)], Path("out")))
+    good = [path for record, path in named if not record.failed]
+    assert len(set(good)) == len(good) and set(good) == {path for _, path in named}
 
 
 def test_plain_ids_stay_as_they_are():
@@ -36,6 +40,22 @@ def test_plain_ids_stay_as_they_are():
 def test_an_id_that_comes_twice_is_an_error_not_a_lost_output():
     (first, _), (second, _) = name_outputs([Record("a"), Record("a")], Path("out"))
     assert not first.failed and second.failed and "came before" in second.error
+
+
+def test_an_id_whose_record_failed_is_free(tmp_path):
+    failed = Record("a", status="error", error="failed earlier")
+    assert [record.failed for record, _ in name_outputs([failed, Record("a"), Record("a")], tmp_path)] == [
+        True,
+        False,
+        True,
+    ]
+
+
+def test_a_stream_whose_picture_was_written_over_says_so(tmp_path):
+    """Of a stream nobody knows what it will read later."""
+    records = iter([Record("a"), Record("b", exemplar=str(tmp_path / "a.png"))])
+    (_, path), (second, _) = name_outputs(records, tmp_path)
+    assert second.failed and str(path) in second.error and "'a'" in second.error
 
 
 def test_a_failed_record_does_not_stop_the_others(capsys):

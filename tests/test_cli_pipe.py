@@ -166,6 +166,26 @@ def test_bad_records_travel_on_and_exit_is_4(place, invoke, monkeypatch):
     assert measured.returncode == 4 and (result["count"], result["failed"]) == (2, 8)
 
 
+def test_no_output_replaces_a_picture_that_the_run_reads(place, invoke):
+    """An id that is an exemplar's stem, straight and through a link, from a file and as a pair."""
+    photos, tiny = draw_pictures(place / "mine", 2), place / "tiny.safetensors"
+    before = {path.name: path.read_bytes() for path in photos.iterdir()}
+    (place / "link").symlink_to(photos)
+    record = {"condition": str(place / "edges" / "p0.png"), "exemplar": str(photos / "p1.png")}
+    records = [record | {"id": "other"}, record | {"id": "p1"}]
+    (place / "mine.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    for folder in ("mine", "link"):
+        code, out, _ = invoke("translate", "-m", place / "mine.jsonl", "-w", tiny, "-o", place / folder, "--json")
+        good, bad = lines(out)
+        assert code == 4 and good["status"] != "error" and bad["status"] == "error"
+        assert str(place / folder / "p1.png") in bad["error"] and str(photos / "p1.png") in bad["error"]
+    pair = [place / "edges" / "p0.png", photos / "p1.png", "-o", photos / "p1.png"]
+    for command in ("translate", "warp-visualize"):
+        code, out, err = invoke(command, *pair, "-w", tiny)
+        assert (code, out, len(err.splitlines())) == (3, "", 1) and "would replace" in err
+    assert before == {name: (photos / name).read_bytes() for name in before}
+
+
 def launched(place: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run `cocosctl ARGUMENTS` in two processes under torchrun."""
     words = [*TORCHRUN, *map(str, arguments)]
