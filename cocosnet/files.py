@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,27 +19,45 @@ _NAME_LIMIT = 120  # bytes of an output's name that come from the id
 def atomic_path(path: str | Path, failures: tuple[type[Exception], ...] = ()) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success rename it to `path`, on any error remove it.
 
-    The temporary name keeps `path`'s suffix, so that writers which look at it choose the same format. `failures`: what
-    the writer raises, besides OSError, where it cannot write.
+    The temporary name keeps `path`'s suffix, so that writers which look at it choose the same format. A link stays, and
+    the file that it leads to is replaced. What is there and is no file (a pipe, a device) is itself yielded: it cannot
+    be replaced, only written into. `failures`: what the writer raises, besides OSError, where it cannot write.
 
     Raises:
         OutputError: the folder cannot be made or written, or the disk is full.
     """
-    path = Path(path)
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        if _is_special(path):
+            yield Path(path)
+            return
+        with _renamed(Path(os.path.realpath(path)), Path(path).suffix) as temporary:
+            yield temporary
+    except (OSError, *failures) as error:
+        raise cannot_write(path, error) from error
+
+
+@contextlib.contextmanager
+def _renamed(path: Path, suffix: str) -> Iterator[Path]:
+    """Yield a temporary file beside `path`, which becomes `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
         yield temporary
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except (OSError, *failures) as error:
-        raise cannot_write(path, error) from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def _is_special(path: str | Path) -> bool:
+    """Whether there is something that is neither a file nor a folder."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def cannot_write(path: str | Path, error: Exception) -> OutputError:
@@ -60,7 +79,7 @@ def safe_name(identifier: str) -> str:
     """A file name for an id that may come from anywhere: no separators, no control characters, not too long.
 
     Letters (of any script), digits, "-", "_" and inner "." stay. Where anything had to change, eight digits of the id's
-    SHA-256 are added, so that two ids never share a name.
+    SHA-256 are added, so that ids that differ there have different names. An id may still be what another is called.
     """
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in identifier).lstrip(".")
     while len(name.encode()) > _NAME_LIMIT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -152,6 +153,21 @@ def test_lists_pair_line_by_line_and_say_where_they_end(folder, evaluate):
     assert "p2.png" in short.stderr and len(short.stderr.splitlines()) == 1
     mixed = evaluate("--outputs", "out.txt", "--targets", "true", *options)
     assert mixed.returncode == 3 and "folders or lists, not both" in mixed.stderr
+
+
+def test_files_are_written_through_links_and_into_pipes(folder, evaluate, tmp_path):
+    """A link and a pipe stay what they are; what reads the pipe gets the scores."""
+    options = ("-m", "records.jsonl", "--metrics", "l1", "--limit", "2", "--scores")
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "far" / "scores.jsonl")
+    assert evaluate(*options, tmp_path / "link.jsonl").returncode == 0
+    found = (tmp_path / "far" / "scores.jsonl").read_text()
+    assert (tmp_path / "link.jsonl").is_symlink() and len(lines(found)) == 2
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE, text=True)
+    assert evaluate(*options, tmp_path / "pipe").returncode == 0
+    assert lines(reader.communicate(timeout=30)[0]) == lines(found) and (tmp_path / "pipe").is_fifo()
+    assert {path.name for path in tmp_path.iterdir()} == {"far", "link.jsonl", "pipe"}
 
 
 def test_statistics_give_the_same_number_as_pictures(folder, evaluate):
