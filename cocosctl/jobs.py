@@ -15,7 +15,7 @@ import typer
 from cocosctl.exits import ExitCode, exit_code_of
 from cocosctl.output import Output, speaks
 from cocosnet.data.records import Record, iter_records, read_manifest
-from cocosnet.errors import CocosError, DataError
+from cocosnet.errors import CocosError, DataError, OutputError
 from cocosnet.files import safe_name
 from cocosnet.launcher import place
 
@@ -103,6 +103,9 @@ def run_many(records: Iterable[Record], folder: Path, step: Step, out: Output) -
 
     Returns:
         the records as they were printed, in every process.
+
+    Raises:
+        OutputError, or what is no DataError: the next record would fare no better.
     """
     done = []
     total = len(records) if isinstance(records, list) else None
@@ -222,12 +225,14 @@ def _caught(record: Record, path: Path, step: Step) -> Record | CocosError:
 
 
 def _attempt(record: Record, path: Path, step: Step) -> Record:
-    """A record after `step`; one that has failed before travels on untouched."""
+    """A record after `step`; one that has failed before travels on untouched. What all records share is raised."""
     if record.failed:
         return record
     try:
         return step(record, path)
-    except CocosError as error:
+    except OutputError:
+        raise
+    except DataError as error:
         return record.failure(str(error))
 
 

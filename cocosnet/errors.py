@@ -11,7 +11,7 @@ class CocosError(Exception):
 
 
 class DataError(CocosError):
-    """An input file, record or folder cannot be used (exit code 3, or an error record in a batch)."""
+    """An input file, record or folder cannot be used (exit code 3, or an error record in a batch, which goes on)."""
 
 
 class OutputError(DataError):

@@ -16,6 +16,7 @@ from PIL import Image
 from cocosctl import app
 from cocosnet import CoCosNet, load_config
 from cocosnet.checkpoint import save_model
+from cocosnet.model.build import build_model
 
 CLI = " ".join([sys.executable, "-m", "cocosctl"])
 
@@ -45,6 +46,9 @@ def place(tmp_path_factory) -> Path:
     )
     assert done.returncode == 0, done.stderr
     assert [record["status"] for record in lines(done.stdout)] == ["ok"] * 6
+    photos = [str(path) for path in sorted((folder / "photos").iterdir())]
+    raw = [{"id": str(i), "condition": photos[i], "exemplar": photos[i + 1]} for i in range(3)]
+    (folder / "raw.jsonl").write_text("".join(json.dumps(record) + "\n" for record in raw))
     return folder
 
 
@@ -218,6 +222,14 @@ def test_processes_cannot_share_stdin():
         assert "cannot share stdin" in first.stderr and len(first.stderr.splitlines()) == 1
 
 
+def test_what_ends_a_batch_in_one_process_ends_it_in_all(place):
+    """A folder is needed where a file is: one line, from the first process."""
+    (place / "a file").write_text("")
+    done = launched(place, "translate", "-m", "prep", "-w", "tiny.safetensors", "-o", "a file", "--json")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.count("cocosctl: error: a file/") == 1 and done.stderr.count("cocosctl:") == 1, done.stderr
+
+
 def test_odd_ids_stay_inside_the_folder(place):
     good = json.loads((place / "prep" / "manifest.jsonl").read_text().splitlines()[0])
     for role in ("condition", "exemplar", "target", "exemplar_condition"):
@@ -276,6 +288,31 @@ def test_what_a_user_gets_wrong_is_one_line(place, invoke, monkeypatch, conditio
     found, out, err = invoke("translate", condition, exemplar, "-o", "never.png", "-w", weights)
     assert (found, out, len(err.splitlines())) == (code, "", 1) and said in err
     assert not (place / "never.png").exists()
+
+
+@pytest.mark.parametrize(
+    "command, config, output, code, said",
+    [
+        ("translate", ["data.edges=hed-small"], "a file", 3, "cannot write"),
+        ("translate", ["data.edges=hed"], "never", 5, "network-bsds500"),
+        ("warp-visualize", ["model.kind=spade"], "never", 3, "matches nothing"),
+    ],
+)
+def test_what_all_records_share_is_said_once_and_ends_the_batch(
+    place, invoke, monkeypatch, tmp_path, command, config, output, code, said
+):
+    """A file where a folder is needed; no weights for the extractor; a model that matches nothing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COCOSCTL_WEIGHTS_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("COCOSCTL_OFFLINE", "1")
+    (tmp_path / "a file").write_text("")
+    save_model(tmp_path / "model.safetensors", build_model(load_config("tiny-cpu", config)))
+    raw = ["--raw"] if "hed" in config[0] else []
+    found, out, err = invoke(
+        command, "-m", place / "raw.jsonl", "-w", "model.safetensors", "-o", output, *raw, "--json"
+    )
+    assert (found, out, len(err.splitlines())) == (code, "", 1) and said in err
 
 
 @pytest.mark.parametrize(
