@@ -39,7 +39,7 @@ class Output:
         if self.as_json:
             write_record(sys.stdout, record)
         elif not record.failed:
-            _print_flushed(getattr(record, role) or "")
+            _print_flushed((getattr(record, role) or "").replace("\r", "\\r").replace("\n", "\\n"))  # one path a line
 
     def result(self, values: dict[str, Any]) -> None:
         """Print one object: as JSON, or as a line `name value` for each entry."""

@@ -65,7 +65,7 @@ def prepare(
     out = Output(as_json, quiet, verbose)
     if check:
         if speaks():
-            _check(source, output, limit, out)
+            _check(source, output, limit, dry_run, out)
         return
     if output is None:
         raise typer.BadParameter("say where to write the prepared dataset", param_hint="--output")
@@ -149,8 +149,8 @@ def _foretell(preparation: Preparation, out: Output) -> None:
         raise typer.Exit(ExitCode.FAILED_ITEMS)
 
 
-def _check(folder: Path, output: Path | None, limit: int | None, out: Output) -> None:
-    """Faults as error records, the sheet's path, and exit 4 where there are faults."""
+def _check(folder: Path, output: Path | None, limit: int | None, dry_run: bool, out: Output) -> None:
+    """Faults as error records, the sheet's path, and exit 4 where there are faults. A dry run draws no sheet."""
     from cocosnet.data.check import draw_sheet, find_faults
     from cocosnet.data.images import save_image
     from cocosnet.data.records import read_manifest
@@ -160,10 +160,11 @@ def _check(folder: Path, output: Path | None, limit: int | None, out: Output) ->
     for record in faults:
         out.record(record)
     sheet = output or folder / SHEET_NAME
-    if len(faults) < len(records):
+    drawn = len(faults) < len(records) and not dry_run
+    if drawn:
         save_image(draw_sheet(folder, limit or 24), sheet)
-    out.note(f"{len(records)} pairs, {len(faults)} faults; " + (f"look at {sheet}" if sheet.is_file() else "no sheet"))
+    out.note(f"{len(records)} pairs, {len(faults)} faults; " + (f"look at {sheet}" if drawn else "no sheet"))
     if faults:
         raise typer.Exit(ExitCode.FAILED_ITEMS)
-    if not out.as_json:
+    if drawn and not out.as_json:
         out.row({}, str(sheet))

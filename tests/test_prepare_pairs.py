@@ -257,14 +257,19 @@ def test_check_names_every_fault(tmp_path: Path) -> None:
 
 def test_dry_run_says_bytes_and_writes_nothing(tmp_path: Path) -> None:
     photos = draw_pictures(tmp_path / "photos", 3, (300, 200))
+    (photos / "p0.png").rename(photos / "two\nlines.png")
     command = ["prepare", photos, "-o", tmp_path / "out", "--size", 128, "--edges", "hed-small"]
     told = run(*command, "--dry-run")
     assert told.returncode == 0 and "3 of 3 pictures" in told.stderr and "MB" in told.stderr
+    assert len(told.stdout.splitlines()) == 3 and r"two\nlines.png" in told.stdout  # one path a line
     assert not (tmp_path / "out").exists()
     settings = Config(DataConfig(size=128))
     list(prepare(photos, tmp_path / "out", settings, extractor="hed-small"))
     left = plan(photos, tmp_path / "out", settings, extractor="hed-small").todo()
     assert [(record.status, size) for record, size in left] == [("skipped", 0)] * 3
+    checked = run("prepare", "--check", tmp_path / "out", "--dry-run")
+    assert (checked.returncode, checked.stdout) == (0, "") and "3 pairs, 0 faults; no sheet" in checked.stderr
+    assert not (tmp_path / "out/contact-sheet.jpg").exists()
 
 
 def test_processes_and_ranks_make_the_same_bytes(tmp_path: Path) -> None:
