@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +19,8 @@ from cocosnet.files import safe_name
 from cocosnet.launcher import place
 
 DEMO_MANIFEST = "demo/manifest.jsonl"
+
+FORETOLD = "would be made"  # what a dry run says of a record that is not up to date
 
 Step = Callable[[Record, Path], Record]
 
@@ -117,10 +118,10 @@ def run_many(records: Iterable[Record], folder: Path, step: Step, out: Output) -
     return done
 
 
-def finish(done: list[Record], out: Output) -> None:
-    """Sum up on stderr, and exit with 4 where records failed."""
+def finish(done: list[Record], out: Output, made: str = "done") -> None:
+    """Sum up on stderr, and exit with 4 where records failed. `made`: what has become of those that are ok."""
     counts = {status: sum(record.status == status for record in done) for status in ("ok", "skipped", "error")}
-    out.note(f"{counts['ok']} done, {counts['skipped']} up to date, {counts['error']} failed")
+    out.note(f"{counts['ok']} {made}, {counts['skipped']} up to date, {counts['error']} failed")
     if counts["error"] and speaks():  # torchrun would end the first process where another exits with an error
         raise typer.Exit(ExitCode.FAILED_ITEMS)
 
@@ -234,8 +235,3 @@ def _attempt(record: Record, path: Path, step: Step) -> Record:
         raise
     except DataError as error:
         return record.failure(str(error))
-
-
-def planned(record: Record, path: Path) -> Record:
-    """The step of a dry run: the record with the output that it would get."""
-    return dataclasses.replace(record, output=str(path), status="skipped")

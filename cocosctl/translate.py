@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Option
 
 from cocosctl import options
-from cocosctl.jobs import Step, check_form, finish, own_device, planned, run
+from cocosctl.jobs import FORETOLD, Step, check_form, finish, own_device, run
 from cocosctl.output import Output, speaks
 from cocosnet.data.records import Record
 
@@ -23,7 +23,14 @@ def translate(
     manifest: options.Manifest = None,
     raw: options.Raw = False,
     size: options.Size = None,
-    report: Annotated[Path | None, Option("--report", metavar="FILE", help="Also write an HTML page.")] = None,
+    report: Annotated[
+        Path | None,
+        Option(
+            "--report",
+            metavar="FILE",
+            help="Also write an HTML page, and the conditions and warps that it shows to OUT/.parts; makes all again.",
+        ),
+    ] = None,
     device: options.Device = "auto",
     limit: options.Limit = None,
     overwrite: options.Overwrite = False,
@@ -41,24 +48,24 @@ def translate(
     out = Output(as_json, quiet, verbose)
 
     def load() -> Step:
-        return planned if dry_run else _translation(weights, device, raw, size, overwrite, report is not None)
+        return _translation(weights, device, raw, size, overwrite, report is not None, dry_run)
 
     done = run(condition, exemplar, manifest, limit, output, load, out)
     if report is not None and not dry_run and speaks():
         _report(report, done, weights)
         out.note(f"report: {report}")
-    finish(done, out)
+    finish(done, out, FORETOLD if dry_run else "done")
 
 
-def _translation(weights: str, device: str, raw: bool, size: int | None, overwrite: bool, keep_parts: bool) -> Step:
+def _translation(
+    weights: str, device: str, raw: bool, size: int | None, overwrite: bool, keep_parts: bool, dry_run: bool
+) -> Step:
     from cocosnet.inference import Translator
 
     translator = Translator(weights, device=own_device(device), raw=raw, size=size, keep_parts=keep_parts)
 
-    def step(record: Record, path: Path) -> Record:
-        return translator.translate(record, path, overwrite=overwrite)
-
-    return step
+    work = translator.plan if dry_run else translator.translate
+    return lambda record, path: work(record, path, overwrite=overwrite)
 
 
 def _report(path: Path, done: list[Record], weights: str) -> None:

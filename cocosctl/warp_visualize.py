@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Option
 
 from cocosctl import options
-from cocosctl.jobs import Step, check_form, finish, own_device, planned, run
+from cocosctl.jobs import FORETOLD, Step, check_form, finish, own_device, run
 from cocosctl.output import Output
 
 
@@ -38,13 +38,15 @@ def warp_visualize(
     out = Output(as_json, quiet, verbose)
 
     def load() -> Step:
-        return planned if dry_run else _visualization(weights, device, raw, size)
+        return _visualization(weights, device, raw, size, dry_run)
 
     done = run(condition, exemplar, manifest, limit, output, load, out)
-    finish(done, out)
+    finish(done, out, FORETOLD if dry_run else "done")
 
 
-def _visualization(weights: str, device: str, raw: bool, size: int | None) -> Step:
+def _visualization(weights: str, device: str, raw: bool, size: int | None, dry_run: bool) -> Step:
     from cocosnet.inference import Translator
 
-    return Translator(weights, device=own_device(device), raw=raw, size=size).visualize
+    translator = Translator(weights, device=own_device(device), raw=raw, size=size)
+    translator.check_matching()
+    return (lambda record, path: translator.plan(record, path, overwrite=True)) if dry_run else translator.visualize

@@ -22,7 +22,7 @@ from cocosnet.checkpoint import find_checkpoint, load_model
 from cocosnet.config import DataConfig
 from cocosnet.data.conditions import condition_filter, condition_to_tensor, load_condition_image
 from cocosnet.data.extractors import Extractor, condition_extractor
-from cocosnet.data.images import load_rgb, resize_shorter, save_image, shown, to_image, to_tensor
+from cocosnet.data.images import check_file, load_rgb, resize_shorter, save_image, shown, to_image, to_tensor
 from cocosnet.data.records import Record
 from cocosnet.errors import ConfigError, DataError
 from cocosnet.files import atomic_path
@@ -31,18 +31,24 @@ from cocosnet.model.cocosnet import Output
 from cocosnet.precision import autocast, layout_of, precision_of
 
 STAMP_KEY = "cocosctl.stamp"  # text chunk of a written PNG: what it was made of
+STAMP = {"made_of", "extractor", "condition_source"}  # keys of that JSON
+FROM_FILE = {"network": "file"}  # how a ready-made condition came about
 COLOURED = 12.0  # mean saturation (0..255) above which a picture is a photograph, not a grey edge map
 MIN_SIDE = 8  # px; below it a picture has nothing to match
 
 
 @dataclass
 class Pair:
-    """One pair as the network sees it: tensors with a batch of 1, and how the condition came about."""
+    """One pair as the network sees it: tensors with a batch of 1, and how the condition came about.
+
+    extracted: whether a condition, or the exemplar's, was found in a photograph.
+    """
 
     condition: Tensor
     exemplar: Tensor
     exemplar_condition: Tensor | None
     source: dict[str, Any]
+    extracted: bool
 
 
 class Translator:
@@ -54,7 +60,7 @@ class Translator:
         raw: conditions are photographs; extract them on the way. For edge models a coloured picture is always taken
             as a photograph, since an edge map is grey.
         size: px, shorter side of the output; by default the model's own, or the condition's where that is smaller.
-        keep_parts: also write each output's condition and full-resolution warp (OUT/parts/ID.*.png), and name them in
+        keep_parts: also write each output's condition and full-resolution warp (OUT/.parts/ID.*.png), and name them in
             the record as condition_image and warp; nothing is skipped then.
 
     Raises:
@@ -99,27 +105,32 @@ class Translator:
         Raises:
             DataError: an input cannot be read, or the output cannot be written.
         """
-        start, stamp = time.perf_counter(), self._stamp(record)
-        if not overwrite and _stamp_of(output) == stamp and not self.keep_parts:
-            return dataclasses.replace(record, output=str(output), status="skipped", error=None)
+        start, made_of = time.perf_counter(), self._digest(record)
+        if not overwrite and (found := self._up_to_date(made_of, output)):
+            return _handled(record, output, "skipped", None, found["condition_source"])
         pair, result = self._run(record)
-        _save(to_image(result.image[0]), output, stamp)
-        extra = {**record.extra, "condition_source": record.extra.get("condition_source", pair.source)}
-        if self.keep_parts:
-            extra |= self._save_parts(pair, result, output)
-        seconds = round(time.perf_counter() - start, 3)
-        return dataclasses.replace(record, output=str(output), status="ok", error=None, seconds=seconds, extra=extra)
+        _save(to_image(result.image[0]), output, self._stamp(made_of, pair))
+        parts = self._save_parts(pair, result, output) if self.keep_parts else {}
+        done = _handled(record, output, "ok", round(time.perf_counter() - start, 3), pair.source)
+        return dataclasses.replace(done, extra=done.extra | parts)
+
+    def plan(self, record: Record, output: Path, overwrite: bool = False) -> Record:
+        """What `translate` would do, without doing it: status ok (would be made) or skipped (is up to date).
+
+        Raises:
+            DataError: an input is not there.
+        """
+        for path in _inputs(record):
+            check_file(path)
+        found = None if overwrite else self._up_to_date(self._digest(record), output)
+        return dataclasses.replace(record, output=str(output), status="skipped" if found else "ok", seconds=None)
 
     def visualize(self, record: Record, output: Path) -> Record:
         """Draw every level's warp, flow, score and match lines of one record to `output`.
 
-        Raises as `translate`, and ConfigError where the model matches nothing.
+        Raises as `translate` and `check_matching`.
         """
-        if self.model.config.model.matched_levels == 0:
-            raise ConfigError(
-                f"{self.checkpoint}: model.kind={self.model.config.model.kind} matches nothing, so there is "
-                "no warp to draw; use translate, or the weights of a model that matches"
-            )
+        self.check_matching()
         from cocosnet.viz.panels import warp_panel
 
         start = time.perf_counter()
@@ -135,16 +146,25 @@ class Translator:
         seconds = round(time.perf_counter() - start, 3)
         return dataclasses.replace(record, output=str(output), status="ok", error=None, seconds=seconds)
 
+    def check_matching(self) -> None:
+        """Raises ConfigError where the model matches nothing, so that there is nothing to draw."""
+        if self.model.config.model.matched_levels == 0:
+            raise ConfigError(
+                f"{self.checkpoint}: model.kind={self.model.config.model.kind} matches nothing, so there is "
+                "no warp to draw; use translate, or the weights of a model that matches"
+            )
+
     def load_pair(self, record: Record) -> Pair:
         """Read a record's files at the working size. Raises DataError naming the file at fault."""
-        if record.condition is None or record.exemplar is None:
-            raise DataError(f"record {record.id!r}: needs a condition and an exemplar")
-        condition, source = self._condition(record.condition, self.raw)
-        photo = self._sized(load_rgb(record.exemplar, self._side), record.exemplar)
+        condition_file, exemplar_file, *_ = _inputs(record)
+        condition, source = self._condition(condition_file, self.raw)
+        photo = self._sized(load_rgb(exemplar_file, self._side), exemplar_file)
         exemplar_condition = (
             self._exemplar_condition(record, photo) if self.model.config.model.encoder.exemplar_condition else None
         )
-        return Pair(condition, to_tensor(photo)[None], exemplar_condition, source)
+        found = exemplar_condition is not None and record.exemplar_condition is None
+        extracted = source is not FROM_FILE or found
+        return Pair(condition, to_tensor(photo)[None], exemplar_condition, source, extracted)
 
     @property
     def _side(self) -> int:
@@ -171,7 +191,7 @@ class Translator:
                 raise DataError(f"{shown(path)}: {error}") from error
             return condition_to_tensor(_large_enough(condition, path), self.data)[None], self.extractor.provenance
         image = self._sized(load_condition_image(path, self.data), path, condition_filter(self.data))
-        return condition_to_tensor(image, self.data)[None], {"network": "file"}
+        return condition_to_tensor(image, self.data)[None], FROM_FILE
 
     def _exemplar_condition(self, record: Record, photo: Image.Image) -> Tensor:
         """The exemplar's own condition, from its file or, for edges, extracted."""
@@ -199,11 +219,24 @@ class Translator:
             save_image(image, _part(output, name))
         return {name: str(_part(output, name)) for name in parts}
 
-    def _stamp(self, record: Record) -> str:
-        """A digest of all that the output depends on: inputs by size and time, checkpoint, options."""
+    def _stamp(self, made_of: str, pair: Pair) -> dict[str, Any]:
+        """What an output was made of, and how its condition came about."""
+        extractor = self.extractor.provenance if pair.extracted else None
+        return {"made_of": made_of, "extractor": extractor, "condition_source": pair.source}
+
+    def _digest(self, record: Record) -> str:
+        """All that the output depends on, but for the extractor: inputs by size and time, checkpoint, options."""
         files = [_state(path) for path in (record.condition, record.exemplar, record.exemplar_condition)]
         text = json.dumps([files, self.fingerprint, self.raw, self.size])
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def _up_to_date(self, made_of: str, output: Path) -> dict[str, Any] | None:
+        """The stamp of an output that is as it would be made again; None where it is not, or parts are wanted, too."""
+        found = None if self.keep_parts else _stamp_of(output)
+        if found is None or found["made_of"] != made_of:
+            return None
+        same = found["extractor"] is None or found["extractor"] == _plain(self.extractor.provenance)
+        return found if same else None
 
 
 def _state(path: str | None) -> list[Any] | None:
@@ -217,28 +250,47 @@ def _state(path: str | None) -> list[Any] | None:
     return [str(Path(path).absolute()), status.st_size, status.st_mtime_ns]
 
 
-def _stamp_of(path: Path) -> str | None:
+def _inputs(record: Record) -> list[str]:
+    """The files that a record is made of. Raises DataError where one that every model needs is not named."""
+    if record.condition is None or record.exemplar is None:
+        raise DataError(f"record {record.id!r}: needs a condition and an exemplar")
+    return [path for path in (record.condition, record.exemplar, record.exemplar_condition) if path is not None]
+
+
+def _handled(record: Record, output: Path, status: str, seconds: float | None, source: dict[str, Any]) -> Record:
+    """The record after this step; how its condition came about stays what an earlier step said."""
+    extra = {**record.extra, "condition_source": record.extra.get("condition_source", source)}
+    return dataclasses.replace(record, output=str(output), status=status, error=None, seconds=seconds, extra=extra)
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """As they come back from JSON."""
+    return json.loads(json.dumps(values))
+
+
+def _stamp_of(path: Path) -> dict[str, Any] | None:
     """The stamp inside an output that is there and whole, else None. Formats without text chunks have none."""
     try:
         with Image.open(path) as image:
-            return image.info.get(STAMP_KEY)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            found = json.loads(image.info.get(STAMP_KEY, "null"))
+    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError):
         return None
+    return found if isinstance(found, dict) and found.keys() == STAMP else None
 
 
-def _save(image: Image.Image, path: Path, stamp: str) -> None:
+def _save(image: Image.Image, path: Path, stamp: dict[str, Any]) -> None:
     if path.suffix.lower() != ".png":
         save_image(image, path)
         return
     texts = PngImagePlugin.PngInfo()
-    texts.add_text(STAMP_KEY, stamp)
+    texts.add_text(STAMP_KEY, json.dumps(stamp))
     with atomic_path(path) as temporary:
         image.save(temporary, pnginfo=texts)
 
 
 def _part(output: Path, name: str) -> Path:
-    """Where a part of an output lies: OUT/parts/ID.NAME.png."""
-    return output.parent / "parts" / f"{output.stem}.{name}.png"
+    """Where a part of an output lies: OUT/.parts/ID.NAME.png, hidden from who takes OUT for a folder of outputs."""
+    return output.parent / ".parts" / f"{output.stem}.{name}.png"
 
 
 def _is_coloured(path: str, side: int) -> bool:

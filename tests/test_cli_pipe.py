@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from cli_tools import COCOSCTL, TORCHRUN, clean_environment, draw_pictures, lines, run
+from metric_tools import accept
 from PIL import Image
+from safetensors.torch import save_file
 
 from cocosctl import app
-from cocosnet import CoCosNet, load_config
+from cocosnet import CoCosNet, load_config, weights
 from cocosnet.checkpoint import save_model
+from cocosnet.data.extractors.hed import HED
 from cocosnet.model.build import build_model
 
 CLI = " ".join([sys.executable, "-m", "cocosctl"])
@@ -252,6 +255,46 @@ def test_a_second_run_skips_and_overwrite_does_not(place, invoke):
     assert invoke(*command, "--quiet")[2] == ""
 
 
+def test_other_extractors_make_outputs_anew_and_what_is_kept_says_how_it_was_made(place, invoke, monkeypatch, tmp_path):
+    """With `data.edges: auto`, once the weights of HED arrive."""
+    monkeypatch.setenv("COCOSCTL_OFFLINE", "1")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("COCOSCTL_WEIGHTS_DIR", str(tmp_path))
+    save_model(tmp_path / "auto.safetensors", CoCosNet(load_config("tiny-cpu", ["data.edges=auto"])))
+    raw = ("translate", "-m", place / "raw.jsonl", "-w", tmp_path / "auto.safetensors", "-o", tmp_path / "o", "--json")
+    ready = ("translate", "-m", place / "prep", "-w", tmp_path / "auto.safetensors", "-o", tmp_path / "p", "--json")
+
+    def statuses(command: tuple[object, ...]) -> tuple[list[str], list[str | None]]:
+        records = lines(invoke(*command, "--limit", 2)[1])
+        assert all(("seconds" in record) == (record["status"] == "ok") for record in records)
+        return [record["status"] for record in records], [record["condition_source"]["network"] for record in records]
+
+    assert statuses(raw) == (["ok"] * 2, ["hed-small"] * 2)
+    assert statuses(raw) == (["skipped"] * 2, ["hed-small"] * 2) and statuses(ready)[0] == ["ok"] * 2
+    hed = tmp_path / weights.REGISTRY["hed"].filename
+    save_file(HED().state_dict(), hed)
+    accept(monkeypatch, "hed", hed)
+    assert statuses(raw) == (["ok"] * 2, ["hed"] * 2)
+    assert statuses(raw) == (["skipped"] * 2, ["hed"] * 2)
+    assert statuses(ready)[0] == ["skipped"] * 2
+
+
+def test_a_dry_run_foretells_the_run(place, invoke, monkeypatch):
+    monkeypatch.chdir(place)
+    command = ["translate", "-m", "prep", "-w", "tiny.safetensors", "-o", "foretold", "--limit"]
+    assert invoke(*command, 2)[0] == 0
+    code, out, err = invoke(*command, 3, "--dry-run")
+    assert (code, len(out.splitlines())) == (0, 3) and "1 would be made, 2 up to date, 0 failed" in err
+    assert len(list((place / "foretold").iterdir())) == 2
+    assert "3 would be made, 0 up to date" in invoke(*command, 3, "--dry-run", "--overwrite")[2]
+    assert "3 would be made, 0 up to date" in invoke("warp-visualize", *command[1:], 3, "--dry-run")[2]
+    code, out, err = invoke("translate", "absent.png", "photos/p0.png", *command[3:-1], "--dry-run")
+    assert (code, out) == (3, "") and "absent.png" in err
+    command[command.index("tiny.safetensors")] = "bogus"
+    code, out, err = invoke(*command, 3, "--dry-run")
+    assert (code, out, len(err.splitlines())) == (5, "", 1) and "bogus" in err
+
+
 def test_a_dry_run_writes_nothing(place, invoke):
     code, out, _ = invoke("translate", "-m", place / "prep", "-w", "demo", "-o", place / "dry", "--dry-run")
     assert (code, len(out.splitlines())) == (0, 6) and not (place / "dry").exists()
@@ -401,6 +444,12 @@ def test_a_report_is_one_page(place, invoke):
     )
     assert code == 0 and len(out.splitlines()) == 2 and str(page) in err, err
     assert "<img" in page.read_text()
+    assert len(list((place / "reported" / ".parts").iterdir())) == 4
+    (place / "true").mkdir()
+    for path in map(Path, out.splitlines()):
+        Image.open(path).save(place / "true" / path.name)
+    code, out, err = invoke("eval", "--outputs", place / "reported", "--targets", place / "true", "--metrics", "l1")
+    assert (code, out.split()) == (0, ["l1", "0"]), err  # what the page shows is not taken for outputs
 
 
 def test_training_stops_on_a_signal_and_goes_on(place):

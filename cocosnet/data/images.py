@@ -112,7 +112,7 @@ def load_labels(path: str | Path) -> np.ndarray:
 
 def _decode(path: str | Path, shorter: int | None) -> Image.Image:
     """Open, check, decode and turn upright; the mode is the file's own."""
-    _check_file(path)
+    check_file(path)
     try:
         return _decode_unchecked(path, shorter)
     except (DataError, MemoryError):
@@ -128,7 +128,7 @@ def _decode(path: str | Path, shorter: int | None) -> Image.Image:
         raise DataError(f"{shown(path)}: cannot read this picture ({reason}); save it again as PNG or JPEG") from error
 
 
-def _check_file(path: str | Path) -> None:
+def check_file(path: str | Path) -> None:
     """Raises DataError where there is no file with something in it; opening a pipe would wait for ever."""
     try:
         state = os.stat(path)
