@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from cocosctl.exits import ExitCode, exit_code_of
-from cocosctl.output import abandon_stdout, prepare_streams, say, speaks
+from cocosctl.output import abandon, flush_or_abandon, prepare_streams, say, speaks, writing_stdout
 from cocosctl.registry import LazyGroup
 from cocosnet.errors import CocosError
 
@@ -19,6 +19,8 @@ EPILOG = (
     + "; ".join(f"{code:d} {code.meaning}" for code in ExitCode)
     + ". COCOSCTL_DEBUG=1 shows tracebacks."
 )
+
+LONG = 100  # characters of a file's name that a message shows where the system refuses it
 
 app = typer.Typer(
     cls=LazyGroup,
@@ -38,15 +40,16 @@ def main() -> NoReturn:
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code.
 
-    A user's mistake is one line on stderr, with the traceback before it where COCOSCTL_DEBUG=1. An exception that is no
-    mistake of the user's is a defect and is raised.
+    A user's mistake is one line on stderr, with the traceback before it where COCOSCTL_DEBUG=1, and so is what the
+    system refuses (a name too long, a full disk). Any other exception is a defect and is raised.
     """
     try:
         code = _invoke(arguments)
-        sys.stdout.flush()
+        with writing_stdout():
+            sys.stdout.flush()
         return code
     except BrokenPipeError:
-        abandon_stdout()
+        abandon(sys.stdout)
         return ExitCode.READER_GONE
     except KeyboardInterrupt:
         say("interrupted")
@@ -55,6 +58,20 @@ def run(arguments: list[str]) -> int:
         _debug()
         say(f"error: {error}")
         return exit_code_of(error)
+    except OSError as error:
+        _debug()
+        say(f"error: {_told_by_the_system(error)}")
+        flush_or_abandon(sys.stdout)
+        return ExitCode.BAD_INPUT
+
+
+def _told_by_the_system(error: OSError) -> str:
+    """The file at fault, shortened, and what the system says of it."""
+    reason = error.strerror or " ".join(str(error).split())
+    if error.filename is None:
+        return reason
+    name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else str(error.filename)
+    return f"{name if len(name) <= LONG else name[:LONG] + '...'}: {reason}"
 
 
 def _invoke(arguments: list[str]) -> int:

@@ -8,9 +8,10 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 from cocosnet.data.records import Record, write_record
+from cocosnet.files import cannot_write
 from cocosnet.launcher import place
 
 
@@ -37,7 +38,8 @@ class Output:
         if record.failed:
             self.error(f"{record.id}: {record.error}")
         if self.as_json:
-            write_record(sys.stdout, record)
+            with writing_stdout():
+                write_record(sys.stdout, record)
         elif not record.failed:
             _print_flushed((getattr(record, role) or "").replace("\r", "\\r").replace("\n", "\\n"))  # one path a line
 
@@ -97,28 +99,56 @@ class Output:
 def say(text: str) -> None:
     """Write one line to stderr; control characters of odd file names are shown, not obeyed."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):
         sys.stderr.write(f"cocosctl: {line}\n")
-        sys.stderr.flush()
+    flush_or_abandon(sys.stderr)
 
 
 def prepare_streams() -> None:
-    """Make the standard streams UTF-8 whatever the locale, and let file names that are not UTF-8 pass through."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
+    """Make the standard streams UTF-8 whatever the locale, and let file names that are not UTF-8 pass through.
+
+    One that the caller has closed (`>&-`) leads nowhere, and nothing comes from it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - it lives as long as the process
+        stream = getattr(sys, name)
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
-def abandon_stdout() -> None:
-    """After the reader of stdout has gone: send what is still buffered nowhere, so that Python's exit stays silent."""
+def abandon(stream: TextIO) -> None:
+    """Where a stream cannot be written: send what is still buffered nowhere, so that Python's exit stays silent."""
     null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
+    os.dup2(null, stream.fileno())
     os.close(null)
 
 
+def flush_or_abandon(stream: TextIO) -> None:
+    """Send on what is buffered, nowhere if need be."""
+    try:
+        stream.flush()
+    except OSError:
+        abandon(stream)
+
+
 def _print_flushed(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    with writing_stdout():
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def writing_stdout() -> Iterator[None]:
+    """Around what writes to stdout: a full disk behind it is one line. Raises OutputError; a reader that has gone away
+    is none of these."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        abandon(sys.stdout)
+        raise cannot_write("stdout", error) from error
 
 
 def _readable(value: Any) -> str:
