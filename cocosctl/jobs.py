@@ -29,7 +29,7 @@ def open_records(manifest: str, limit: int | None = None) -> Iterable[Record]:
     """Records of a manifest file, a prepared folder, `demo` (the shipped one) or `-` (stdin, as the lines come).
 
     Raises:
-        DataError: the manifest cannot be read or is empty. A bad line is an error record, not an exception.
+        DataError: the manifest cannot be read, or no record comes. A bad line is an error record, not an exception.
         MissingWeights: the shipped demo is not there.
         BadParameter (usage): stdin, and there are several processes.
     """
@@ -38,12 +38,21 @@ def open_records(manifest: str, limit: int | None = None) -> Iterable[Record]:
             raise typer.BadParameter(
                 "processes cannot share stdin; save the records to a file", param_hint="--manifest"
             )
-        return islice(iter_records(sys.stdin), limit)
+        return _some(islice(iter_records(sys.stdin), limit))
     if manifest == "demo" and not Path(manifest).exists():
         from cocosnet.weights import packed_file
 
         manifest = str(packed_file(DEMO_MANIFEST))
     return read_manifest(manifest)[:limit]
+
+
+def _some(records: Iterator[Record]) -> Iterator[Record]:
+    """The records of a stream; raises DataError where it ends before the first."""
+    first = next(records, None)
+    if first is None:
+        raise DataError("no record came in; check the command before this one in the pipe")
+    yield first
+    yield from records
 
 
 def own_device(device: str) -> str:

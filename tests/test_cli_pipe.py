@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
@@ -106,6 +107,26 @@ def test_a_reader_that_leaves_early_is_no_error(place, command):
     done = bash(f"{CLI} {command} | head -n 1; exit ${{PIPESTATUS[0]}}", place)
     assert done.returncode in (0, 141) and len(done.stdout.splitlines()) == 1
     assert not any(word in done.stderr for word in ("Traceback", "Broken", "Exception"))
+
+
+@pytest.mark.parametrize(
+    "command, code, said",
+    [
+        ("config list >&-", 0, ""),
+        ("config list > /dev/full", 3, "stdout: cannot write: No space left on device"),
+        ("--version > /dev/full", 3, "No space left on device"),
+        ("config show nope 2>&-", 3, ""),
+        ("config show nope 2> /dev/full", 3, ""),
+        ("translate -m - -w tiny.safetensors -o never <&-", 3, "no record came in"),
+        (f"config show {'x' * 300}", 3, "File name too long"),
+        (f"eval --metrics l1 -m '{json.dumps({'id': 'x' * 5000})}'", 3, "File name too long"),
+    ],
+)
+def test_what_the_shell_gives_badly_is_one_line(place, command, code, said):
+    """Closed streams, a full disk, and text where a file's name belongs."""
+    done = bash(f"{CLI} {command}", place)
+    assert (done.returncode, len(done.stderr.splitlines())) == (code, bool(said)) and said in done.stderr, done.stderr
+    assert len(done.stderr) < 300
 
 
 def test_a_closed_stdout_is_found_out_at_once(place):
@@ -383,9 +404,14 @@ def test_exit_codes(place, invoke, monkeypatch, arguments, code, said):
     assert (found, out, len(err.splitlines())) == (code, "", 1) and said in err
 
 
-def test_an_empty_stream_is_bad_data(place):
-    done = run("eval", "-m", "-", "--metrics", "psnr", "--json", stdin="")
-    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (3, "", 1)
+@pytest.mark.parametrize(
+    "command", ["eval --metrics psnr", "translate -w tiny.safetensors -o x", "warp-visualize -w tiny.safetensors -o x"]
+)
+def test_an_empty_stream_is_bad_data(place, invoke, monkeypatch, command):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    code, out, err = invoke(*command.split(), "-m", "-", "--json")
+    assert (code, out, len(err.splitlines())) == (3, "", 1) and "no record came in" in err
 
 
 def test_eval_of_folders_in_both_forms(place, invoke):

@@ -114,12 +114,12 @@ def read_manifest(path: str | Path) -> list[Record]:
     """
     path = Path(path)
     path = path / MANIFEST_NAME if path.is_dir() else path
+    folder = path.parent.absolute()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with open(path, encoding="utf-8") as lines:
+            records = [record.rebased(lambda name: str(folder / name)) for record in iter_records(lines)]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot read this manifest ({error}); make one with `cocosctl prepare`") from error
-    folder = path.parent.absolute()
-    records = [record.rebased(lambda name: str(folder / name)) for record in iter_records(lines)]
     if not records:
         raise DataError(f"{path}: holds no records; make one with `cocosctl prepare`")
     return records
