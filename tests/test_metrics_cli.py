@@ -172,7 +172,9 @@ def test_files_are_written_through_links_and_into_pipes(folder, evaluate, tmp_pa
 
 def test_statistics_give_the_same_number_as_pictures(folder, evaluate):
     saved = evaluate("--outputs", "true", "--metrics", "fd_vgg16", "--save-stats", "true.npz")
-    assert saved.returncode == 0, saved.stderr
+    assert saved.returncode == 0 and "fd_vgg16: there are no targets to measure against" in saved.stderr, saved.stderr
+    again = evaluate("--outputs", "true.npz", "--metrics", "fd_vgg16", "--save-stats", "copy.npz")
+    assert again.returncode == 0 and "no targets to measure against" in again.stderr
     with np.load(folder / "true.npz") as found:
         assert found["mu"].shape == (512,) and found["sigma"].shape == (512, 512)
     evaluate("--outputs", "out", "--metrics", "fd_vgg16", "--save-stats", "out.npz")
@@ -220,16 +222,20 @@ def page_data(path):
 
 def test_the_page_holds_every_pair_and_needs_no_network(folder, evaluate, tmp_path):
     hostile = '</script><b>"x" & \ud800\u2028'
+    foreign = {"warp": ["x"], "condition_image": 5, "scores": 5, "labels": {}}
     records = [
         {"id": hostile, "output": str(folder / "out/p0.png"), "target": str(folder / "true/p0.png")},
         {"id": "gone", "output": str(folder / "none.png"), "target": str(folder / "true/p1.png")},
-        {"id": "good", "output": str(folder / "out/p2.png"), "target": str(folder / "true/p2.png")},
+        {"id": "good", "output": str(folder / "out/p2.png"), "target": str(folder / "true/p2.png")} | foreign,
+        {"id": "failed", "status": "error", "error": "earlier", "scores": {"psnr": "high", "mine": 1}},
+        {"id": "failed too", "status": "error", "error": "earlier", **foreign},
     ]
     (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     done = evaluate("-m", tmp_path / "records.jsonl", "--metrics", "psnr,l1", "--report", tmp_path / "page")
     assert done.returncode == 4
     text, pairs = page_data(tmp_path / "page/index.html")
-    assert [pair["id"] for pair in pairs] == [hostile, "gone", "good"]
+    assert [pair["id"] for pair in pairs] == [hostile, "gone", "good", "failed", "failed too"]
+    assert [pair["scores"] for pair in pairs[3:]] == [{"mine": 1}, {}]
     assert set(pairs[2]["scores"]) == {"psnr", "l1"} and "no such file" in pairs[1]["error"]
     assert [title for title, *_ in pairs[0]["pictures"]] == ["output", "target"]
     assert pairs[0]["pictures"][0][1].startswith("data:image/webp;base64,")

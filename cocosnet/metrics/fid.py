@@ -50,10 +50,13 @@ class Frechet(Metric):
     def __init__(self, device: str | torch.device = "cpu", seed: int = 0) -> None:
         super().__init__(device, seed)
         self.sides = {side: GaussianFit(self.dimension) for side in SIDES}
+        self.absent: str | None = None  # a side that stays empty
 
     def use_statistics(self, side: str, path: str | Path | None) -> None:
         """Take a side ("output" or "target") from a file; None: it stays empty. Raises as `load_statistics`."""
-        if path is not None:
+        if path is None:
+            self.absent = side
+        else:
             self.sides[side] = load_statistics(path, self.dimension)
         self.needs = tuple(role for role in self.needs if role != side)
 
@@ -76,6 +79,8 @@ class Frechet(Metric):
             self.sides[side].merge(fit)
 
     def _result(self) -> dict[str, Any]:
+        if self.absent:
+            return {"value": None, "note": f"there are no {self.absent}s to measure against"}
         counts = [fit.count for fit in self.sides.values() if fit.count is not None]
         if min(counts, default=2) < 2:
             return {"value": None, "note": "needs at least 2 pictures"}
@@ -89,7 +94,7 @@ class Frechet(Metric):
         """As `Metric.compute`; two files of statistics have a value without any picture."""
         if self.needs:
             return super().compute()
-        return {"value": frechet_distance(*self.sides.values()), "protocol": self.protocol, "count": 0}
+        return {**self._result(), "protocol": self.protocol, "count": 0}
 
 
 class FID(Frechet):

@@ -73,9 +73,15 @@ def row_of(record: Record) -> Row:
     The extra keys "condition_image" (a drawn condition) and "warp", as `translate` leaves them, are used where present.
     """
     known = {name: getattr(record, name, None) for name in COLUMNS}
-    known["condition"] = record.extra.get("condition_image") or known["condition"]
-    known["warp"] = record.extra.get("warp")
+    known["condition"] = _named(record, "condition_image") or known["condition"]
+    known["warp"] = _named(record, "warp")
     return Row(record.id, {name: path for name, path in known.items() if path}, error=record.error)
+
+
+def _named(record: Record, key: str) -> str | None:
+    """The file of an extra key, which a foreign record may use for anything."""
+    found = record.extra.get(key)
+    return found if isinstance(found, str) else None
 
 
 def write_report(

@@ -140,7 +140,7 @@ def _write_head(page: TextIO, result: Mapping[str, Any]) -> None:
 def _pair(record: Record, side: int) -> dict[str, Any]:
     row = row_of(record)
     pictures = [[title, *_picture(picture, side)] for title, picture in row.pictures.items()]
-    return {"id": row.name, "scores": record.extra.get("scores") or {}, "error": row.error, "pictures": pictures}
+    return {"id": row.name, "scores": _scores(record), "error": row.error, "pictures": pictures}
 
 
 def _picture(path: str | Path, side: int) -> tuple[str | None, str | None]:
@@ -158,7 +158,14 @@ def _picture(path: str | Path, side: int) -> tuple[str | None, str | None]:
 
 def _keys(records: Sequence[Record]) -> list[str]:
     """Names of all scores that occur, in their order."""
-    return list(dict.fromkeys(name for record in records for name in record.extra.get("scores") or {}))
+    return list(dict.fromkeys(name for record in records for name in _scores(record)))
+
+
+def _scores(record: Record) -> dict[str, float | None]:
+    """The record's scores; in one that failed the key may be another program's, and hold anything."""
+    found = record.extra.get("scores")
+    found = found if isinstance(found, dict) else {}
+    return {name: value for name, value in found.items() if value is None or isinstance(value, (int, float))}
 
 
 def script_json(value: Any) -> str:
