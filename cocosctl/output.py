@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
-from cocosnet.data.records import Record, write_record
+from cocosnet.data.records import Record, finite, write_record
 from cocosnet.files import cannot_write
 from cocosnet.launcher import place
 
@@ -160,12 +159,4 @@ def _readable(value: Any) -> str:
 
 def _json(value: Any) -> str:
     """One line of JSON; numbers that JSON has no word for (NaN, infinities) become null."""
-    return json.dumps(_finite(value), allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(finite(value), allow_nan=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -173,7 +174,7 @@ def test_bad_records_travel_on_and_exit_is_4(place, invoke, monkeypatch):
         good | {"id": "good", "mine": [1]},
         good | {"id": "no file", "exemplar": "nothing.png"},
         good | {"id": "empty file", "condition": str(place / "broken.png")},
-        good | {"id": "earlier", "status": "error", "error": "failed before"},
+        good | {"id": "earlier", "status": "error", "error": "failed before", "seconds": math.inf, "mine": [math.nan]},
         good | {"id": "NUL", "condition": "a\0b.png"},
         good | {"id": "half a pair", "exemplar": "a\ud800b.png", "output": "a\ud800b.png"},
         good | {"id": "good again"},
@@ -184,7 +185,8 @@ def test_bad_records_travel_on_and_exit_is_4(place, invoke, monkeypatch):
     out = lines(done.stdout)
     assert done.returncode == 4 and "Traceback" not in done.stderr
     assert [record["status"] for record in out] == ["ok"] + ["error"] * 5 + ["ok"] + ["error"] * 2
-    assert out[0]["mine"] == [1] and out[3]["error"] == "failed before"
+    assert out[0]["mine"] == [1] and out[3]["error"] == "failed before" and out[3]["mine"] == [None]
+    assert "Infinity" not in done.stdout and "seconds" not in out[3]  # JSON has no word for it
     assert "nothing.png" in out[1]["error"] and "broken.png" in out[2]["error"]
     assert r"a\x00b.png: no file can have this name" in out[4]["error"] and r"a\ud800b.png" in out[5]["error"]
     assert [record["id"] for record in out[7:]] == ["line-8", "line-9"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,13 +67,13 @@ _FIELDS = tuple(f.name for f in dataclasses.fields(Record) if f.name != "extra")
 
 
 def parse_record(line: str, number: int = 0) -> Record:
-    """Read one line.
+    """Read one line; a number that JSON has no word for (1e999) counts as absent.
 
     Raises:
         DataError: not a JSON object, another schema, no id, or a field of the wrong type.
     """
     try:
-        values = json.loads(line)
+        values = finite(json.loads(line))
     except (ValueError, RecursionError) as error:
         raise DataError(f"record {number}: not JSON: {error}") from error
     if not isinstance(values, dict):
@@ -82,6 +83,15 @@ def parse_record(line: str, number: int = 0) -> Record:
     _check_values(values, number)
     known = {name: values.pop(name) for name in _FIELDS if name in values}
     return Record(**known, extra=values)
+
+
+def finite(value: Any) -> Any:
+    """A copy of a JSON value in which numbers that JSON has no word for (NaN, infinities) are None."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _check_values(values: dict[str, Any], number: int) -> None:
