@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
-from cocosnet.data.records import Record, iter_records
+from cocosnet.data.records import Record, iter_records, read_manifest
 from cocosnet.errors import ConfigError, DataError, MissingDependency
-from cocosnet.metrics import evaluate, get_metric, metric_names, records_from_folders
+from cocosnet.metrics import evaluate, get_metric, metric_names, records_from, records_from_folders
 
 torch.set_num_threads(1)
 
@@ -95,6 +95,22 @@ def test_a_pair_counts_for_all_metrics_or_none(folders):
     assert evaluate([small], ["l1"])["count"] == 1
     both = evaluate([small], ["l1", "swd"])
     assert both["metrics"]["l1"]["count"] == both["count"] == 0 and both["failed"] == 1
+
+
+def test_lines_end_at_newlines_alone(folders):
+    """A manifest's or a list's line may hold what Unicode calls a line's end."""
+    odd = "two\u2028or\x85three"
+    (folders / "out/0 é.png").rename(folders / f"out/{odd}.png")
+    record = {"id": odd, "output": f"out/{odd}.png", "target": "true/0 é.png"}
+    text = json.dumps(record, ensure_ascii=False) + "\r\n\n" + json.dumps(record | {"id": "again"}) + "\n"
+    (folders / "odd.jsonl").write_text(text, encoding="utf-8", newline="")
+    assert [(one.id, one.failed) for one in read_manifest(folders / "odd.jsonl")] == [(odd, False), ("again", False)]
+    (folders / "list.txt").write_text(f"out/{odd}.png\n", encoding="utf-8")
+    (listed,) = records_from({"output": folders / "list.txt"})
+    assert evaluate([*read_manifest(folders / "odd.jsonl"), listed], ["l1"])["failed"] == 1  # the last has no target
+    assert (
+        evaluate(records_from({"output": folders / "list.txt", "target": folders / "list.txt"}), ["l1"])["count"] == 1
+    )
 
 
 def test_skipped_records_are_measured(folders):

@@ -25,6 +25,7 @@ from cocosnet.metrics.shards import ALONE, Shards
 from cocosnet.weights import fingerprint
 
 SCHEMA = "cocosctl.eval/1"
+SPACES = " \t"  # around a list's paths; other blanks may be part of a name
 ERRORS_SHOWN = 5  # messages kept of the records that failed
 PACKAGES = (
     "cocosctl",
@@ -334,13 +335,13 @@ def _record(number: int, row: dict[str, str], first: str) -> Record:
 
 def _read_list(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{shown(path)}: cannot read this list ({error}); give a text file of one path a line"
         ) from error
     folder = path.parent.absolute()
-    paths = [str(folder / line.strip()) for line in lines if line.strip()]
+    paths = [str(folder / line.strip(SPACES)) for line in lines if line.strip(SPACES)]
     if not paths:
         raise DataError(f"{shown(path)}: the list is empty; write one path a line")
     return paths
