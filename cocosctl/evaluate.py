@@ -13,7 +13,7 @@ from cocosctl import options
 from cocosctl.exits import ExitCode
 from cocosctl.jobs import open_records, own_device
 from cocosctl.output import Output
-from cocosnet.data.records import Record
+from cocosnet.data.records import Record, write_manifest
 from cocosnet.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ def evaluate(
         Path | None, Option("--exemplar-labels", metavar="DIR|LIST", help="Label maps of the exemplars.")
     ] = None,
     scores: Annotated[
-        Path | None, Option("--scores", metavar="FILE", help="Write each pair's scores as JSONL.")
+        Path | None,
+        Option("--scores", metavar="FILE", help="Write the records with each pair's scores, as a manifest."),
     ] = None,
     report: Annotated[
         Path | None, Option("--report", metavar="DIR", help="Write DIR/index.html, a page to sort.")
@@ -175,9 +176,7 @@ def _write_pairs(
 ) -> None:
     """The scores of each pair as records, and the page."""
     if scores is not None:
-        from cocosnet.files import atomic_write
-
-        atomic_write(scores, "".join(f"{row.to_json()}\n" for row in evaluation.rows))
+        write_manifest(scores, evaluation.rows)
         out.note(f"scores: {scores}")
     if report is not None:
         from cocosnet.viz.scores import write_scores_page

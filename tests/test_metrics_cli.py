@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -153,6 +154,15 @@ def test_lists_pair_line_by_line_and_say_where_they_end(folder, evaluate):
     assert "p2.png" in short.stderr and len(short.stderr.splitlines()) == 1
     mixed = evaluate("--outputs", "out.txt", "--targets", "true", *options)
     assert mixed.returncode == 3 and "folders or lists, not both" in mixed.stderr
+
+
+def test_scores_are_a_manifest_wherever_they_lie(folder, evaluate, monkeypatch):
+    """The paths of a stream are relative to the working folder, those of the file that is made of it to the file's."""
+    stream = (folder / "records.jsonl").read_text()
+    monkeypatch.setattr(sys, "stdin", io.StringIO(stream))
+    first = evaluate("-m", "-", "--metrics", "l1", "--scores", "far/scores.jsonl", "--json")
+    again = evaluate("-m", "far/scores.jsonl", "--metrics", "l1,style_color_region", "--json")
+    assert values(again)["l1"] == values(first)["l1"] and json.loads(again.stdout)["count"] == 7
 
 
 def test_files_are_written_through_links_and_into_pipes(folder, evaluate, tmp_path):
