@@ -28,7 +28,15 @@ Manifest = Annotated[
         help="Records to work on: a manifest, a prepared folder, - for stdin, or demo for the shipped pictures.",
     ),
 ]
-Model = Annotated[str, Option("--weights", "-w", metavar="NAME|FILE", help="The model: demo, or a .safetensors file.")]
+Model = Annotated[
+    str,
+    Option(
+        "--weights",
+        "-w",
+        metavar="NAME|FILE",
+        help="The model: a .safetensors file, a folder of `train`, or a shipped (demo, ..) or imported name.",
+    ),
+]
 Raw = Annotated[bool, Option("--raw", help="The condition is a photo: extract the condition from it on the way.")]
 Size = Annotated[int | None, Option("--size", metavar="PX", min=1, help="Shorter side of the pictures.")]
 Condition = Annotated[
