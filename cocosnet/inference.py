@@ -28,6 +28,7 @@ from cocosnet.errors import ConfigError, DataError
 from cocosnet.files import atomic_path
 from cocosnet.model.build import Model
 from cocosnet.model.cocosnet import Output
+from cocosnet.model.layers import fold_spectral_norms
 from cocosnet.precision import autocast, layout_of, precision_of
 
 STAMP_KEY = "cocosctl.stamp"  # text chunk of a written PNG: what it was made of
@@ -76,6 +77,7 @@ class Translator:
         keep_parts: bool = False,
     ):
         self.model: Model = load_model(weights, device)
+        fold_spectral_norms(self.model)
         self.checkpoint, self.raw, self.size, self.keep_parts = find_checkpoint(weights), raw, size, keep_parts
         self.device = next(self.model.parameters()).device
 

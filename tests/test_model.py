@@ -10,7 +10,7 @@ import torch
 from cocosnet.config import load_config
 from cocosnet.model.cocosnet import CoCosNet
 from cocosnet.model.discriminator import Discriminator
-from cocosnet.model.layers import SpadeBlock, instance_norm
+from cocosnet.model.layers import SpadeBlock, fold_spectral_norms, instance_norm
 
 TINY = load_config("tiny-cpu")
 
@@ -97,6 +97,16 @@ def test_instance_norm_equals_pytorchs_in_value_and_gradient():
 
 
 @pytest.mark.timeout(1200)  # half a minute of processor time, more where the machine is shared
+def test_folded_spectral_norms_give_the_same_bytes_and_leave_nothing_to_work_out():
+    model, condition, exemplar = build().eval(), torch.rand(1, 1, 32, 32), torch.rand(1, 3, 32, 32) * 2 - 1
+    with torch.inference_mode():
+        before = model(condition, exemplar).image
+    fold_spectral_norms(model)
+    assert not any("parametrizations" in name for name in model.state_dict())
+    with torch.inference_mode():
+        assert torch.equal(model(condition, exemplar).image, before)
+
+
 @pytest.mark.parametrize("widths", [(6, 4), (4, 4)])
 def test_a_spade_block_band_by_band_gives_what_the_whole_gives(widths, monkeypatch):
     torch.manual_seed(0)

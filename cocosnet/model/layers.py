@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
@@ -25,6 +26,16 @@ def conv(
     if bias:
         nn.init.zeros_(layer.bias)
     return spectral_norm(layer) if spectral else layer
+
+
+def fold_spectral_norms(model: nn.Module) -> None:
+    """Make every spectrally normalised weight of a model in evaluation mode the number that it stands for, in place.
+
+    It computes the same from then on, without working the norms out in every pass; it can no longer be trained.
+    """
+    for module in model.modules():
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight")
 
 
 def in_own_type(x: Tensor) -> contextlib.AbstractContextManager:
