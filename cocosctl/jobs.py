@@ -92,9 +92,10 @@ def run(
     """
     if manifest is None:
         return [run_pair(condition, exemplar, output, load(), out)] if speaks() else []
-    records = open_records(manifest, limit)
-    with first_process_speaks(), _group() as agreed:
-        return run_many(records, output, agreed(load), out)
+    with first_process_speaks():
+        records = open_records(manifest, limit)
+        with _group() as agreed:
+            return run_many(records, output, agreed(load), out)
 
 
 def run_pair(condition: Path, exemplar: Path, output: Path, step: Step, out: Output) -> Record:
