@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from typer import Argument, Option
+from typer import Argument, Exit, Option
 
 from cocosctl import options
+from cocosctl.exits import ExitCode
 from cocosctl.output import Output
 
 
@@ -43,6 +44,18 @@ def reproduce(
         return
     found = library.reproduce(table, cells, output, device, out.note)
     out.row(found, library.as_markdown(found).rstrip())
+    _finish(found["rows"], out)
+
+
+def _finish(rows: list[dict[str, Any]], out: Output) -> None:
+    """Say which rows lack pairs, and exit with 4 where one does."""
+    incomplete = [row for row in rows if row["result"]["failed"]]
+    for row in incomplete:
+        failed, total = row["result"]["failed"], row["result"]["failed"] + row["result"]["count"]
+        place = f"{row['dataset']}/{row['row']}"
+        out.error(f"{place}: {failed} of {total} held-out pairs failed, e.g. {row['result']['errors'][0]}")
+    if incomplete:
+        raise Exit(ExitCode.FAILED_ITEMS)
 
 
 def _names(text: str | None) -> list[str]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from cocosnet.config import Config, load_config
-from cocosnet.data.records import MANIFEST_NAME, Record, read_manifest
+from cocosnet.data.records import MANIFEST_NAME, Record, read_manifest, write_manifest
 from cocosnet.errors import CocosError, ConfigError, DataError
 from cocosnet.files import atomic_write, safe_name
 from cocosnet.weights import packed_file
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from cocosnet.inference import Translator
 
 TABLES = "tables.yaml"
-BASE = "deepfashion-512"  # the paper's main setting, which every row's changes start from
 SCHEMA = "cocosctl.table/1"
 
 
@@ -39,21 +38,22 @@ class Cell:
     dataset: str
     row: str
     title: str
-    overrides: tuple[str, ...]  # section.key=value, on top of BASE
+    preset: str  # the dataset's, which the row's changes start from
+    overrides: tuple[str, ...]  # section.key=value
     metrics: tuple[str, ...]
-    paper: tuple[float, ...]  # printed values of the first metrics
+    paper: dict[str, float]  # printed values, by metric
     data: Path  # prepared folder
     run: Path  # the model's run folder
 
     @cached_property
     def config(self) -> Config:
         """The row's config. Raises ConfigError."""
-        return load_config(BASE, self.overrides)
+        return load_config(self.preset, self.overrides)
 
     @property
     def command(self) -> str:
         """The training as a command of its own, e.g. for several GPUs; `reproduce` goes on from its result."""
-        words = ["cocosctl", "train", BASE, "--data", self.data, "-o", self.run]
+        words = ["cocosctl", "train", self.preset, "--data", self.data, "-o", self.run]
         return shlex.join(map(str, [*words, *(word for change in self.overrides for word in ("--set", change))]))
 
 
@@ -95,17 +95,9 @@ def table_cells(
         if not (data / name / MANIFEST_NAME).is_file():
             raise DataError(f"{data / name}: not a prepared folder; make it as the card of {name} says (datasets/)")
         for row, values in entry["rows"].items():
-            changes = (*known["datasets"][name], *values["set"], *overrides)
-            cell = Cell(
-                name,
-                row,
-                values["title"],
-                changes,
-                (),
-                tuple(entry["paper"][name][row]),
-                data / name,
-                output / name / row,
-            )
+            paper = dict(zip(entry["metrics"], entry["paper"][name][row], strict=True))
+            changes, preset = (*values["set"], *overrides), known["datasets"][name]
+            cell = Cell(name, row, values["title"], preset, changes, (), paper, data / name, output / name / row)
             cells.append(dataclasses.replace(cell, metrics=tuple(metrics or _metrics(entry, cell.config))))
     return cells
 
@@ -120,8 +112,8 @@ def reproduce(
     """Run the cells and write OUTPUT/TABLE.json and OUTPUT/TABLE.md, also after each cell, so that nothing is lost.
 
     Returns:
-        {"schema": "cocosctl.table/1", "table", "title", "rows": [{"dataset", "row", "title", "paper", "result": what
-        `Evaluation.run` returned}]}
+        {"schema": "cocosctl.table/1", "table", "title", "rows": [{"dataset", "row", "title", "paper": the printed
+        values of the metrics that were run, "result": what `Evaluation.run` returned}]}
 
     Raises:
         MissingWeights, MissingDependency: a metric cannot run here; found out before anything is trained.
@@ -136,10 +128,9 @@ def reproduce(
     found = {"schema": SCHEMA, "table": table, "title": _tables()["tables"][table]["title"], "rows": []}
     for cell in cells:
         on_cell(f"{table}: {cell.title} on {cell.dataset}")
-        entry = {"dataset": cell.dataset, "row": cell.row, "title": cell.title}
-        found["rows"].append(
-            {**entry, "paper": dict(zip(cell.metrics, cell.paper, strict=False)), "result": _run(cell, place)}
-        )
+        paper = {name: value for name, value in cell.paper.items() if name in cell.metrics}
+        entry = {"dataset": cell.dataset, "row": cell.row, "title": cell.title, "paper": paper}
+        found["rows"].append({**entry, "result": _run(cell, place)})
         atomic_write(output / f"{table}.json", json.dumps(found, indent=1) + "\n")
         atomic_write(output / f"{table}.md", as_markdown(found))
     return found
@@ -185,7 +176,7 @@ def _run(cell: Cell, device: str) -> dict[str, Any]:
     records = [_translated(translator, record, cell.run / "val") for record in held_out]
     evaluation = Evaluation(cell.metrics, device)
     result = evaluation.run(records)
-    atomic_write(cell.run / "scores.jsonl", "".join(f"{row.to_json()}\n" for row in evaluation.rows))
+    write_manifest(cell.run / "scores.jsonl", evaluation.rows)
     if not result["count"]:
         raise DataError(f"{cell.run}: no pair could be measured: {result['errors'][0]}")
     return result

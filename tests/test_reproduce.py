@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from metric_tools import accept, write_random_inception, write_random_vgg
 from PIL import Image
 from train_tools import prepared_folder
 
 from cocosctl.app import run
+from cocosnet.config import load_config
+from cocosnet.data.records import read_manifest
+from cocosnet.model.build import build_model
 from cocosnet.reproduce import table_cells, table_names
 
 # The tiny-cpu preset's shapes, on top of the table's own rows.
@@ -23,6 +30,9 @@ SMALL = (
     "loss.perceptual=none", "train.images=4", "train.batch=2", "train.precision=fp32", "train.workers=0",
     "train.save_images=4", "train.sample_images=4", "train.log_images=2",
 )  # fmt: skip
+PRESETS = {"deepfashion": "deepfashion-512", "metfaces": "metfaces-512"} | {
+    name: name for name in ("ade20k", "ade20k-outdoor")
+}
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +57,14 @@ def test_a_table_is_trained_translated_and_measured_and_not_made_twice(data, tmp
     assert reproduce("table1", data, tmp_path, *options, "--json") == 0
     table = json.loads(capsys.readouterr().out)
     assert [row["title"] for row in table["rows"]] == ["SPADE", "CoCosNet", "CoCosNet v2"]
+    assert [row["paper"] for row in table["rows"]] == [{"swd": 38.0}, {"swd": 29.0}, {"swd": 24.6}]
     for row in table["rows"]:
         assert row["result"]["count"] == 2 and row["result"]["metrics"]["swd"]["value"] > 0
         assert (tmp_path / "deepfashion" / row["row"] / "model.safetensors").is_file()
     values = [row["result"]["metrics"]["psnr"]["value"] for row in table["rows"]]
     assert len(set(values)) == 3
     assert json.loads((tmp_path / "table1.json").read_text()) == table
-    assert "| deepfashion | SPADE |" in (tmp_path / "table1.md").read_text()
+    assert re.search(r"\| deepfashion \| SPADE \| \S+ \(38\) \| \S+ \| 2 \|", (tmp_path / "table1.md").read_text())
     before = learned(tmp_path / "deepfashion/full/stats.jsonl")
     assert reproduce("table1", data, tmp_path, *options, "--json") == 0
     again = json.loads(capsys.readouterr().out)
@@ -116,7 +127,7 @@ def test_the_ablations_measure_warps(data, tmp_path, capsys, table):
 
 def test_every_row_of_every_table_is_a_config_of_its_own(tmp_path):
     """At full size, on every dataset; a run's folder stands for one config in all tables."""
-    names = {"deepfashion", "metfaces", "ade20k", "ade20k-outdoor"}
+    names = set(PRESETS)
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.jsonl").write_text("")
@@ -126,10 +137,45 @@ def test_every_row_of_every_table_is_a_config_of_its_own(tmp_path):
         cells = table_cells(table, tmp_path, tmp_path)
         assert {cell.dataset for cell in cells} <= names
         for cell in cells:
-            assert len(cell.paper) <= len(cell.metrics)
+            assert set(cell.paper) <= set(cell.metrics)
             assert configs.setdefault(cell.run, cell.config) == cell.config  # a run is one model, whatever the table
     assert len(configs) == 4 * 3 + 3 + 3
-    assert len({repr(config) for config in configs.values()}) == 3 * 3 + 3 + 3  # ADE20K and its subset train alike
+    assert len({repr(config) for config in configs.values()}) == len(configs)
+    for dataset, preset in PRESETS.items():
+        assert configs[tmp_path / dataset / "full"] == load_config(preset)
+
+
+@pytest.mark.parametrize("row", ["spade", "cocosnet"])
+def test_a_compared_system_is_its_preset(data, tmp_path, row):
+    """The same networks and training; what the matcher's levels beyond the first are told is no part of them."""
+    cells = table_cells("table1", data, tmp_path, datasets=["deepfashion"])
+    found = next(cell.config for cell in cells if cell.row == row)
+    preset = load_config(f"deepfashion-512-{row}")
+    assert shapes(found) == shapes(preset)
+    for section in ("data", "loss", "distortion", "train"):
+        assert getattr(found, section) == getattr(preset, section), section
+
+
+def shapes(config):
+    """Name and shape of every tensor of a config's model."""
+    with torch.device("meta"):
+        return {name: value.shape for name, value in build_model(config).state_dict().items()}
+
+
+def test_held_out_pairs_that_fail_are_counted_and_the_scores_are_a_manifest(data, tmp_path, monkeypatch, capsys):
+    """With an output folder that is relative to the working folder."""
+    folder = tmp_path / "data" / "deepfashion"
+    shutil.copytree(data / "deepfashion", folder)
+    lost = next(record for record in read_manifest(folder) if record.extra.get("split") == "val")
+    Path(lost.condition).write_bytes(b"no picture")
+    monkeypatch.chdir(tmp_path)
+    options = ("--datasets", "deepfashion", "--metrics", "psnr")
+    assert reproduce("table1", tmp_path / "data", Path("out"), *options, "--set", "train.images=2") == 4
+    told = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(told) == 3 and "deepfashion/full: 1 of 2 held-out pairs failed" in told[-1] and lost.id in told[-1]
+    rows = read_manifest(tmp_path / "out/deepfashion/full/scores.jsonl")
+    assert [row.failed for row in rows].count(True) == 1
+    assert all(Path(row.output).is_file() and row.extra["scores"]["psnr"] > 0 for row in rows if not row.failed)
 
 
 def test_the_training_of_a_row_is_a_command(data, tmp_path, capsys):
