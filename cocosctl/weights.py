@@ -62,7 +62,8 @@ def import_weights(
     path = imported_folder() / f"{name}.safetensors"
     if path.exists() and not overwrite:
         raise typer.BadParameter(f"{path} is there already; choose another name or --overwrite", param_hint="--as")
-    out, model = Output(as_json, quiet), convert_release(files, "release-fixed" if mended else "release")
+    out = Output(as_json, quiet)
+    model = convert_release(files, "release-fixed" if mended else "release", out.note)
     save_model(
         path, model, {"cocosctl.source": "the authors' CoCosNet v2 release: " + ", ".join(f.name for f in files)}
     )

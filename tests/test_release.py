@@ -214,36 +214,99 @@ def test_the_order_of_propagation_can_be_given(tmp_path):
         model(*inputs[:2])
 
 
+def write_release(folder: Path, files: dict[str, dict[str, torch.Tensor]]) -> list[Path]:
+    """State dicts as FOLDER/NAME.pth; Corr's and G's paths."""
+    for name, state in files.items():
+        torch.save(state, folder / f"{name}.pth")
+    return [folder / "Corr.pth", folder / "G.pth"]
+
+
 def test_mismatches_are_all_listed(tmp_path):
     files = random_release(1, 2, 2, spade=8)
+    files["Corr"] = with_spectral_norm(files["Corr"], "adaptive_model_seg.layer3.0.0")
+    files["Corr"]["adaptive_model_seg.layer3.0.0.weight_u"] = torch.zeros(3)
     del files["Corr"]["theta_1.bias"]
     files["G"]["fc.bias"], files["G"]["extra"] = torch.zeros(3), torch.zeros(1)
-    for name, state in files.items():
-        torch.save(state, tmp_path / f"{name}.pth")
-    done = run("weights", "import", tmp_path / "Corr.pth", tmp_path / "G.pth", "--as", "mine",
-               COCOSCTL_WEIGHTS_DIR=str(tmp_path / "w"))  # fmt: skip
+    given = write_release(tmp_path, files)
+    done = run("weights", "import", *given, "--as", "mine", COCOSCTL_WEIGHTS_DIR=str(tmp_path / "w"))
     assert done.returncode == 3 and done.stderr.count("\n") == 1 and not (tmp_path / "w").exists()
-    for fault in (
-        "missing hierarchy.theta.1.bias",
-        "translator.fc.bias is (3,)",
-        "unexpected translator.extra",
-    ):
-        assert fault in done.stderr
+    corr, g = done.stderr.split(f"; {given[1]}: ")
+    assert f"4 faults; {given[0]}: adaptive_model_seg.layer3.0.0.weight_orig lacks its vectors" in corr
+    assert corr.endswith("; missing theta_1.bias")
+    assert sorted(g.strip().split("; ")) == ["fc.bias is (3,), expected (16,)", "unexpected extra"]
     with pytest.raises(CheckpointError, match="Corr and G are both needed"):
         convert_release([tmp_path / "D.pth"])
 
 
-def test_of_a_prelu_that_was_saved_as_two_values_the_second_counts_and_this_is_said(tmp_path, caplog):
+def test_mismatches_are_all_listed_where_sizes_are_missing_too(tmp_path):
+    files = random_release(1, 2, 2, spade=8)
+    for name in ("theta_0.weight", "phi_1.bias", "adaptive_model_seg.layer1.0.weight"):
+        del files["Corr"][name]
+    files["G"]["up_0.conv_1.weight"], files["G"]["extra"] = torch.tensor(1.0), torch.zeros(1)
+    given = write_release(tmp_path, files)
+    with pytest.raises(CheckpointError) as caught:
+        convert_release(given)
+    head, *faults = str(caught.value).split("; ")
+    assert "5 faults" in head and "shapes not compared" in head
+    assert sorted(faults) == sorted(
+        [
+            f"{given[0]}: missing adaptive_model_seg.layer1.0.weight",
+            "missing phi_1.bias",
+            "missing theta_0.weight",
+            f"{given[1]}: up_0.conv_1.weight is ()",
+            "unexpected extra",
+        ]
+    )
+
+
+def test_of_a_prelu_that_was_saved_as_two_values_the_second_counts_and_this_is_said(tmp_path):
     files = random_release(1, 2, 2, spade=8)
     for block, values in {"relu": 0.7, "model.3": 0.3}.items():
         files["Corr"][f"adaptive_model_seg.layer2.1.{block}.weight"] = torch.tensor([values])
-    for name, state in files.items():
-        torch.save(state, tmp_path / f"{name}.pth")
-    model = convert_release([tmp_path / "Corr.pth", tmp_path / "G.pth"])
-    assert "layer2.1.relu.weight and 0 others were saved twice and differ" in caplog.text
-    save_model(tmp_path / "model.safetensors", model)
-    for one in (model, load_model(tmp_path / "model.safetensors", "cpu")):
-        assert one.condition_encoder.layer2[1].relu.weight.item() == pytest.approx(0.3)
+    given, where = write_release(tmp_path, files), {"COCOSCTL_WEIGHTS_DIR": str(tmp_path / "w")}
+    done = run("weights", "import", *given, "--as", "mine", **where)
+    said = "layer2.1.relu.weight and 0 others were saved twice and differ"
+    assert done.returncode == 0 and said in done.stderr
+    assert all(line.startswith("cocosctl: ") for line in done.stderr.splitlines())
+    assert run("weights", "import", *given, "--as", "mine", "--overwrite", "--quiet", **where).stderr == ""
+    model = load_model(Path(done.stdout.strip()), "cpu")
+    assert model.condition_encoder.layer2[1].relu.weight.item() == pytest.approx(0.3)
+
+
+def test_one_name_of_a_prelu_does_for_both(tmp_path):
+    """As safetensors' own writer of models leaves one of two names of a tensor."""
+    files = random_release(1, 2, 2, spade=8)
+    whole = convert_release(write_release(tmp_path, files))
+    for left_out in (".1.relu.weight", ".1.model.3.weight"):
+        state = {name: value.clone() for name, value in files["Corr"].items() if not name.endswith(left_out)}
+        assert len(state) == len(files["Corr"]) - 8
+        save_file(state, tmp_path / "Corr.safetensors")
+        found = convert_release([tmp_path / "Corr.safetensors", tmp_path / "G.pth"])
+        assert all(torch.equal(value, whole.state_dict()[name]) for name, value in found.state_dict().items())
+
+
+def test_files_of_cocosnet_v1_are_told(tmp_path):
+    """Its matching by the names that it has and v2 has not, its encoders and generator being named alike."""
+    files = random_release(1, 2, 2, spade=8)
+    corr = {name: x for name, x in files["Corr"].items() if name.startswith("adaptive_model")}
+    corr = with_spectral_norm(corr, "adaptive_model_seg.layer1.0")
+    corr |= {"layer.0.conv1.weight": torch.zeros(256, 256, 3, 3), "layer.0.prelu.weight": torch.zeros(1)}
+    corr |= {f"{name}.weight": torch.zeros(256, 256, 1, 1) for name in ("phi", "theta")}
+    given = write_release(tmp_path, {"Corr": corr, "G": files["G"]})
+    for order in (given, given[::-1]):
+        with pytest.raises(CheckpointError, match="Corr.pth: looks like CoCosNet v1") as caught:
+            convert_release(order)
+        assert "\n" not in str(caught.value)
+
+
+@torch.inference_mode()
+def test_the_discriminator_has_as_many_scales_as_its_file(tmp_path):
+    files = random_release(1, 2, 2, spade=8)
+    files["D"] |= {
+        name.replace("_1.", "_2."): x for name, x in files["D"].items() if name.startswith("discriminator_1.")
+    }
+    model = convert_release([*write_release(tmp_path, files), tmp_path / "D.pth"])
+    assert len(model.discriminator(torch.zeros(1, 1, 128, 128), torch.zeros(1, 3, 128, 128))) == 3
 
 
 class _Evil:
@@ -251,22 +314,28 @@ class _Evil:
         return (exec, ("raise SystemExit('it ran')",))
 
 
-def test_a_pickle_of_anything_else_is_refused(tmp_path):
+def test_a_pickle_of_anything_else_is_refused(tmp_path, recwarn):
     torch.save({"a": _Evil()}, tmp_path / "evil.pth")
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps(_Evil()))
     (tmp_path / "half.pth").write_bytes(b"PK\x03\x04 half")
     torch.save({"a": 1}, tmp_path / "number.pth")
+    (tmp_path / "short.pth").write_bytes(b"\x80\x02.")
+    torch.save({"conv_img.weight": torch.zeros(0, 3)}, tmp_path / "empty.pth")
     Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
     for name, said in {
         "evil.pth": "holds more than plain tensors",
         "evil.pkl": "holds more than plain tensors",
         "half.pth": "not a readable checkpoint",
         "number.pth": "not a state dict",
+        "short.pth": "not a readable checkpoint",
+        "empty.pth": "tensors that are empty, or not of plain numbers: conv_img.weight",
         "none.pth": "no such file",
+        "long" * 100 + ".pth": "no such file",
         "photo.png": "not a checkpoint; give a .pth",
     }.items():
         with pytest.raises(CheckpointError, match=f"{name}: {said}"):
             convert_release([tmp_path / name])
+    assert not recwarn.list
 
 
 def test_the_command_imports_and_the_name_is_known(tmp_path):
