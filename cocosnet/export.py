@@ -29,13 +29,14 @@ from cocosnet.config import Config, config_to_dict
 from cocosnet.data.images import load_rgb, shown, to_tensor
 from cocosnet.errors import CocosError, ConfigError, DataError, MissingDependency
 from cocosnet.files import atomic_path
+from cocosnet.inference import MIN_SIDE
 from cocosnet.model.build import Model, build_model
 from cocosnet.weights import packed_file
 
 FORMATS = {".pt2": "torch.export", ".onnx": "onnx"}
 EXPORT_KEY = "cocosctl.export"  # where a file says what it is, as JSON
 OPSET = 18  # of ONNX: what PyTorch's exporter writes without converting
-SMALLEST, LARGEST = 8, 4096  # px a side of a fixed size
+LARGEST = 4096  # px a side of a fixed size
 OPEN_LARGEST = 1024  # px a side of an open size: all similarities of the coarse level are held at once
 ONNX_LIMIT = 1_900_000_000  # bytes of weights that fit one ONNX file, whose format ends at 2 GiB
 CLOSE = 1e-3  # a pixel agrees where no channel is further off
@@ -199,7 +200,7 @@ def open_sizes(model: Model) -> Open:
     """What sizes a dynamic export of a model takes: those that need no padding and fill the coarse level's K slots."""
     shape, multiple = model.config.model, model.multiple
     coarse, units = 2 ** (shape.encoder.levels - 1), 2
-    while (units * multiple // coarse) ** 2 < shape.matching.candidates or units * multiple < SMALLEST:
+    while (units * multiple // coarse) ** 2 < shape.matching.candidates or units * multiple < MIN_SIDE:
         units += 1
     return Open(multiple, units * multiple, max(OPEN_LARGEST // multiple, units + 4) * multiple)
 
@@ -265,9 +266,7 @@ def _checked_sizes(
     model: Model, size: Size | None, exemplar_size: Size | None, limits: Open | None
 ) -> tuple[Size, Size]:
     """Both sizes, their defaults filled in. Raises ConfigError for one that cannot be."""
-    # The release reflects borders, so its coarsest map must have two pixels a side.
-    smallest = SMALLEST if model.config.model.matching.compat == "none" else model.multiple + 1
-    limits = limits or Open(1, smallest, LARGEST)
+    limits = limits or Open(1, MIN_SIDE, LARGEST)
     step = limits.multiple
     usual = min(max(-(-model.config.data.size // step) * step, limits.smallest), limits.largest)
     size = size or (usual, usual)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cocosnet.checkpoint import load_model, save_model
 from cocosnet.config import config_from_dict
-from cocosnet.errors import ConfigError
+from cocosnet.errors import ConfigError, DataError
 from cocosnet.export import compare, example_inputs, export_model, open_sizes, read_exported
 from cocosnet.model.build import build_model
 
@@ -123,9 +123,9 @@ def test_the_releases_networks_are_exported_in_compatibility_mode(tmp_path):
     translator = {"widths": [8] * 6, "spade_hidden": 4, "use_condition": True}
     sections = {"encoder": encoder, "matching": matching, "translator": translator, "discriminator": {"scales": 0}}
     weights, path = checkpoint(tmp_path, **sections), tmp_path / "model.pt2"
-    done = export_model(weights, path, (64, 48), (40, 96))
+    done = export_model(weights, path, (64, 20), (40, 96))
     assert done.inputs["exemplar_condition"] == [1, 1, 40, 96]
-    inputs = example_inputs(load_model(weights, "cpu").config, (64, 48), (40, 96))
+    inputs = example_inputs(load_model(weights, "cpu").config, (64, 20), (40, 96))
     assert_same(run_elsewhere(RUN_PROGRAM, path, inputs), original(weights, inputs))
 
 
@@ -172,6 +172,21 @@ def test_a_missing_package_is_named_with_its_remedy(tmp_path):
 
 
 def test_a_foreign_file_is_no_export(tmp_path):
+    """By its suffix, by its content, and, of both formats, a file that another program wrote."""
     (tmp_path / "model.gif").write_bytes(b"GIF89a")
     with pytest.raises(ConfigError):
         read_exported(tmp_path / "model.gif")
+    program = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
+    torch.export.save(program, tmp_path / "other.pt2")
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Relu", ["x"], ["y"])],
+        "other",
+        *([onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1])] for name in "xy"),
+    )
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "other.onnx")
+    for suffix in ("pt2", "onnx"):
+        (tmp_path / f"broken.{suffix}").write_bytes(b"GIF89a")
+        for name in ("other", "broken", "absent"):
+            with pytest.raises(DataError, match=f"{name}.{suffix}: not a file of cocosctl export"):
+                read_exported(tmp_path / f"{name}.{suffix}")

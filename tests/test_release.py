@@ -212,6 +212,8 @@ def test_the_order_of_propagation_can_be_given(tmp_path):
         model(*inputs, propagation_orders=["vertical-first"])
     with pytest.raises(ValueError, match="exemplar_condition"):
         model(*inputs[:2])
+    with pytest.raises(ValueError, match="exemplar_condition: expected 1,1,64,64, got 1,1,64,48"):
+        model(*inputs[:2], inputs[2][..., :48])
 
 
 def write_release(folder: Path, files: dict[str, dict[str, torch.Tensor]]) -> list[Path]:
@@ -357,6 +359,11 @@ def test_the_command_imports_and_the_name_is_known(tmp_path):
                "-w", "mine", **where)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "translate.png").size == (64, 48)
+    Image.open(tmp_path / "edges.png").crop((0, 0, 32, 8)).save(tmp_path / "small.png")
+    done = run("translate", tmp_path / "small.png", tmp_path / "small.png", "-o", tmp_path / "small-out.png",
+               "-w", "mine", **where)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "small-out.png").size == (32, 8)
 
 
 @torch.inference_mode()

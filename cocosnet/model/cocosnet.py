@@ -41,7 +41,8 @@ class CoCosNet(nn.Module):
     The pass is deterministic: there are no random numbers in it.
 
     Raises:
-        ValueError: an input has the wrong number of dimensions, channels or pictures.
+        ValueError: an input has the wrong number of dimensions, channels or pictures, or the exemplar's condition
+            another size than the exemplar.
     """
 
     def __init__(self, config: Config):
@@ -99,7 +100,8 @@ def check_inputs(
     """Refuse what a model whose conditions have `channels` channels cannot take. Returns the condition's H,W.
 
     Raises:
-        ValueError: an input has the wrong number of dimensions, channels or pictures.
+        ValueError: an input has the wrong number of dimensions, channels or pictures, or the exemplar's condition
+            another size than the exemplar.
     """
     for name, tensor, wanted in (
         ("condition", condition, channels),
@@ -110,6 +112,10 @@ def check_inputs(
             raise ValueError(f"{name}: expected B,{wanted},H,W, got {','.join(map(str, tensor.shape))}")
     if condition.shape[0] != exemplar.shape[0]:
         raise ValueError(f"{condition.shape[0]} conditions but {exemplar.shape[0]} exemplars")
+    other = exemplar if exemplar_condition is None else exemplar_condition
+    if (other.shape[0], other.shape[2:]) != (exemplar.shape[0], exemplar.shape[2:]):
+        expected = ",".join(map(str, (exemplar.shape[0], channels, *exemplar.shape[2:])))
+        raise ValueError(f"exemplar_condition: expected {expected}, got {','.join(map(str, other.shape))}")
     return condition.shape[-2:]
 
 

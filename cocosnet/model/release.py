@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cocosnet.config import Config, DiscriminatorConfig, EncoderConfig, TranslatorConfig
 from cocosnet.model.cocosnet import Output, check_inputs, crop_output
-from cocosnet.model.layers import LEAK, SPADE_HALO, in_bands, pad_to_multiple
+from cocosnet.model.layers import LEAK, SPADE_HALO, in_bands
 from cocosnet.model.release_matching import InstanceNorm, ReleaseHierarchy, side_by_side, unit
 
 
@@ -55,7 +55,7 @@ class ReleaseCoCosNet(nn.Module):
                 as the iterations or are called otherwise.
         """
         size = check_inputs(self.config.data.condition_channels, condition, exemplar, exemplar_condition)
-        x_a, y_b = pad_to_multiple(condition, self.multiple), pad_to_multiple(exemplar, self.multiple)
+        x_a, y_b = self.padded(condition), self.padded(exemplar)
         features_x, features_y = self.encode_condition(x_a), self.encode_image(y_b, exemplar_condition)
         levels = self.hierarchy(features_x, features_y, y_b, propagation_orders)
         image = self.translate([level.warps[-1] for level in levels], x_a)
@@ -63,14 +63,21 @@ class ReleaseCoCosNet(nn.Module):
 
     def encode_condition(self, condition: Tensor) -> list[Tensor]:
         """L maps of unit vectors, coarse to fine."""
-        return [unit(f) for f in self.condition_encoder(pad_to_multiple(condition, self.multiple))]
+        return [unit(f) for f in self.condition_encoder(self.padded(condition))]
 
     def encode_image(self, image: Tensor, condition: Tensor | None = None) -> list[Tensor]:
         """L maps of unit vectors, coarse to fine. `condition` belongs to the image. Raises ValueError without it."""
         if condition is None:
             raise ValueError("the release's image encoder also sees the exemplar's condition: pass exemplar_condition")
-        both = [pad_to_multiple(x, self.multiple) for x in (image, condition)]
-        return [unit(f) for f in self.image_encoder(torch.cat(both, dim=1))]
+        return [unit(f) for f in self.image_encoder(torch.cat([self.padded(image), self.padded(condition)], dim=1))]
+
+    def padded(self, x: Tensor) -> Tensor:
+        """B,C,H,W with its border repeated to multiples of `multiple`, two at least: a map of one pixel has no
+        neighbour to reflect."""
+        bottom, right = (
+            -side % self.multiple + (self.multiple if side <= self.multiple else 0) for side in x.shape[-2:]
+        )
+        return F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x
 
     def translate(self, warps: list[Tensor], condition: Tensor) -> Tensor:
         """The generator on all warps, enlarged by the nearest pixel, and the padded condition. B,3,H,W in [-1, 1]."""
