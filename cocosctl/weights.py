@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -23,13 +24,14 @@ def group() -> None:
 
 @app.command("list")
 def list_weights(as_json: options.Json = False, quiet: options.Quiet = False) -> None:
-    """List the shipped and the external weights; opens no socket."""
+    """List the shipped, the imported and the external weights; opens no socket."""
     from cocosnet import weights
 
     out = Output(as_json, quiet)
     for path in sorted(weights.ASSET_FOLDER.glob("*.safetensors")):
-        row = {"name": path.stem, "path": str(path), "size": path.stat().st_size, "used_by": "shipped with the package"}
-        out.row(row, _line(path.stem, row["size"], str(path)))
+        _row(out, path, "shipped with the package")
+    for name, path in weights.imported_models().items():
+        _row(out, path, f"--weights {name}")
     for weight in weights.REGISTRY.values():
         found = weights.locate_weights(weight.name)
         row = dataclasses.asdict(weight) | {"path": str(found) if found else None}
@@ -54,13 +56,14 @@ def import_weights(
 
     Nothing but plain tensors is read from a .pth file. What does not fit is listed, and nothing is written.
     """
-    from cocosnet.checkpoint import SHIPPED, imported_folder, save_model
+    from cocosnet.checkpoint import SHIPPED, save_model
     from cocosnet.convert import convert_release
+    from cocosnet.weights import imported_folder
 
-    if not name or name in SHIPPED or name != Path(name).name or name.startswith("."):
-        raise typer.BadParameter(f"{name!r}: a name of one's own, without folders", param_hint="--as")
+    if not name or name in SHIPPED or name != Path(name).name or name.startswith(".") or name.endswith(".safetensors"):
+        raise typer.BadParameter(f"{name!r}: a name of one's own, without folders or suffix", param_hint="--as")
     path = imported_folder() / f"{name}.safetensors"
-    if path.exists() and not overwrite:
+    if os.path.exists(path) and not overwrite:
         raise typer.BadParameter(f"{path} is there already; choose another name or --overwrite", param_hint="--as")
     out = Output(as_json, quiet)
     model = convert_release(files, "release-fixed" if mended else "release", out.note)
@@ -70,6 +73,12 @@ def import_weights(
     size = path.stat().st_size
     out.row({"name": name, "path": str(path), "size": size, "used_by": f"--weights {name}"}, str(path))
     out.note(f"use it as --weights {name} ({size / 1e6:.0f} MB)")
+
+
+def _row(out: Output, path: Path, used_by: str) -> None:
+    """A checkpoint that is here, called as its file."""
+    size = path.stat().st_size
+    out.row({"name": path.stem, "path": str(path), "size": size, "used_by": used_by}, _line(path.stem, size, str(path)))
 
 
 def _line(name: str, size: int, where: str) -> str:

@@ -8,6 +8,7 @@ fit is refused.
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -21,19 +22,20 @@ from cocosnet.errors import CheckpointError, ConfigError, MissingDependency, Mis
 from cocosnet.files import atomic_path
 from cocosnet.model.build import Model, build_model
 from cocosnet.precision import layout_of
-from cocosnet.weights import search_folders
+from cocosnet.weights import ASSET_FOLDER, imported_models
 
 CONFIG_KEY = "cocosctl.config"
-ASSET_FOLDER = Path(__file__).parent / "assets"
+MODEL_NAME = "model.safetensors"  # in a run folder
 SHIPPED = ("demo", "facades-small", "fashion-small")  # checkpoints inside the package, by name
 
 
 def load_model(weights: str | Path, device: str = "auto") -> Model:
-    """Load a model by a shipped name (`demo`) or a file, in evaluation mode, frozen.
+    """Load a model by a name (`demo`) or a path, as `find_checkpoint` takes them, in evaluation mode, frozen.
 
     Raises:
         MissingWeights: there is no such name or file.
-        CheckpointError: the file is damaged, is no CoCosNet checkpoint, or does not fit the config that it holds.
+        CheckpointError: the file is damaged, is no CoCosNet checkpoint, or does not fit the config that it holds; or
+            the name is also a path.
         MissingDependency: the device is not there.
     """
     target = resolve_device(device)
@@ -67,27 +69,36 @@ def save_model(
 
 
 def find_checkpoint(weights: str | Path) -> Path:
-    """The file behind a shipped name or a path. Raises MissingWeights with the names and the remedy."""
-    shipped = ASSET_FOLDER / f"{weights}.safetensors"
-    if str(weights) in SHIPPED and shipped.is_file():
-        return shipped
-    imported = imported_folder() / f"{weights}.safetensors"
-    if str(weights) == Path(weights).name and not Path(weights).exists() and imported.is_file():
-        return imported
+    """The file behind a name, shipped or imported, or behind a path: a file or a run folder. A `Path` is never a name.
+
+    Raises:
+        MissingWeights: there is no such name or file, or the run has no checkpoint yet; the message says the remedy.
+        CheckpointError: a model's name is also a file or a run folder in the working folder.
+    """
     path = Path(weights)
-    if path.is_dir() and (path / "model.safetensors").is_file():
-        return path / "model.safetensors"
-    if not path.is_file():
-        raise MissingWeights(
-            f"{str(weights)!r}: no such checkpoint; give a .safetensors file, a run folder of "
-            f"`cocosctl train`, or a shipped name: {', '.join(SHIPPED)}"
+    named = None if isinstance(weights, Path) else named_models().get(weights)
+    here = next((f for f in (path, path / MODEL_NAME) if os.path.isfile(f)), None)
+    run = os.path.isfile(path / "config.yaml")
+    if named and (here or run):
+        raise CheckpointError(
+            f"{weights!r} is the name of a model ({named}) and of what lies in this folder: write ./{weights} for the "
+            "latter, or give the model's own path"
         )
-    return path
+    if run and not here:
+        raise MissingWeights(f"{path}: this run has no checkpoint yet; train.save_images says when it writes one")
+    if not (named or here):
+        raise MissingWeights(
+            f"{str(weights)!r}: no such checkpoint; give a .safetensors file, a run folder of `cocosctl train`, or the "
+            f"name of a shipped or imported model: {', '.join(named_models())}"
+        )
+    return named or here
 
 
-def imported_folder() -> Path:
-    """Where `cocosctl weights import` puts checkpoints, which can then be called by name: the first weights folder."""
-    return search_folders()[0] / "cocosctl"
+def named_models() -> dict[str, Path]:
+    """The checkpoints that have a name: the shipped ones, and those of `cocosctl weights import`."""
+    shipped = {name: ASSET_FOLDER / f"{name}.safetensors" for name in SHIPPED}
+    shipped = {name: path for name, path in shipped.items() if path.is_file()}
+    return shipped | imported_models() | shipped
 
 
 def read_checkpoint(path: Path) -> tuple[Config, dict[str, Tensor]]:

@@ -117,6 +117,20 @@ def search_folders() -> list[Path]:
     return ([Path(own).expanduser()] if own else []) + [_torch_home() / "hub" / "checkpoints"]
 
 
+def imported_folder() -> Path:
+    """Where `cocosctl weights import` puts checkpoints, which can then be called by name: below the first folder."""
+    return search_folders()[0] / "cocosctl"
+
+
+def imported_models() -> dict[str, Path]:
+    """Imported checkpoints by name, in the order of the search folders; of two of a name the first counts."""
+    found: dict[str, Path] = {}
+    for folder in search_folders():
+        for path in sorted((folder / imported_folder().name).glob("[!.]*.safetensors")):
+            found.setdefault(path.stem, path)
+    return found
+
+
 def locate_weights(name: str) -> Path | None:
     """Where the file of `name` lies on this machine, None if nowhere. Opens neither a socket nor the file."""
     return _locate(weight_file(name))

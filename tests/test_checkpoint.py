@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import cocosnet
-from cocosnet.checkpoint import CONFIG_KEY, read_metadata, save_model
+from cocosctl.app import run
+from cocosnet.checkpoint import CONFIG_KEY, find_checkpoint, read_metadata, save_model
 from cocosnet.config import load_config
 from cocosnet.errors import CheckpointError, MissingDependency, MissingWeights
 from cocosnet.model.cocosnet import CoCosNet
@@ -96,6 +100,45 @@ def test_missing_weights_and_devices_name_the_remedy(saved, tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(MissingDependency, match="--device cpu"):
             cocosnet.load_model(saved[1], device="cuda")
+
+
+@pytest.fixture
+def named(saved, tmp_path, monkeypatch):
+    """`official`, imported into the second search folder; the working folder is an empty one."""
+    monkeypatch.setenv("COCOSCTL_WEIGHTS_DIR", str(tmp_path / "own"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    path = tmp_path / "torch" / "hub" / "checkpoints" / "cocosctl" / "official.safetensors"
+    path.parent.mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return saved[1].rename(path)
+
+
+def test_an_imported_name_is_found_in_every_search_folder_and_named_where_names_are(named, capsys):
+    assert find_checkpoint("official") == named
+    Path("official").mkdir()  # some folder, which holds no model
+    assert find_checkpoint("official") == named
+    with pytest.raises(MissingWeights, match="imported model: demo, .*, official"):
+        find_checkpoint("oficial")
+    with pytest.raises(MissingWeights, match="no such checkpoint"):
+        find_checkpoint("long" * 100)
+    assert run(["weights", "list", "--json"]) == 0
+    rows = {row["name"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert rows["official"]["path"] == str(named) and rows["official"]["used_by"] == "--weights official"
+
+
+@pytest.mark.parametrize("name", ["official", "demo"])
+def test_a_name_that_is_also_a_path_asks_which(named, name):
+    Path(name).mkdir()
+    (Path(name) / "config.yaml").write_text("")
+    with pytest.raises(CheckpointError, match=f"write ./{name} for"):
+        find_checkpoint(name)
+    with pytest.raises(MissingWeights, match=f"{name}: this run has no checkpoint yet"):
+        find_checkpoint(f"./{name}")
+    shutil.copy(named, Path(name) / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"write ./{name} for"):
+        find_checkpoint(name)
+    assert find_checkpoint(f"./{name}") == find_checkpoint(Path(name)) == Path(name, "model.safetensors")
 
 
 def test_the_config_inside_is_the_whole_tree(saved):
