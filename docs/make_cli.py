@@ -9,24 +9,13 @@ import os
 import subprocess
 import sys
 
-COMMANDS = (
-    "",
-    "prepare",
-    "train",
-    "translate",
-    "warp-visualize",
-    "eval",
-    "bench matching",
-    "bench ablation",
-    "export",
-    "weights list",
-    "config list",
-    "config show",
-    "config validate",
-    "config diff",
-    "doctor",
-    "plugins list",
-)
+from cocosctl.registry import COMMANDS, load_command
+
+
+def commands() -> list[str]:
+    """The root (""), then every built-in command in the order of its help, groups by their commands."""
+    groups = {command.name: getattr(load_command(command), "commands", {"": None}) for command in COMMANDS}
+    return ["", *(f"{name} {part}".rstrip() for name, parts in groups.items() for part in parts)]
 
 
 def help_text(command: str) -> str:
@@ -39,7 +28,7 @@ def help_text(command: str) -> str:
 def page() -> str:
     """The whole page as Markdown."""
     parts = ["# Commands\n\nMade by `make docs` from the commands themselves; a test compares.\n"]
-    parts += [f"## cocosctl {command}".rstrip() + f"\n\n```text\n{help_text(command)}\n```\n" for command in COMMANDS]
+    parts += [f"## cocosctl {command}".rstrip() + f"\n\n```text\n{help_text(command)}\n```\n" for command in commands()]
     return "\n".join(parts)
 
 
