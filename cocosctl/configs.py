@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer import Argument
 
 from cocosctl import options
 from cocosctl.output import Output
-from cocosnet.config import Config, config_to_dict, config_to_yaml, load_config, preset_names
+from cocosnet.config import config_to_dict, config_to_yaml, config_values, load_config, preset_names
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, help="List, show, check and compare configs.")
 Source = Annotated[str, Argument(metavar="CONFIG", show_default=False, help="A preset's name or a YAML file.")]
@@ -46,22 +46,7 @@ def diff(
 ) -> None:
     """Print the values in which two configs differ."""
     out = Output(as_json)
-    before, after = _flat(load_config(first)), _flat(load_config(second))
+    before, after = config_values(load_config(first)), config_values(load_config(second))
     for key in before:
         if before[key] != after[key]:
             out.row({"key": key, "a": before[key], "b": after[key]}, f"{key}: {before[key]} -> {after[key]}")
-
-
-def _flat(config: Config) -> dict[str, Any]:
-    """The tree as `section.key` -> value."""
-    flat: dict[str, Any] = {}
-
-    def walk(tree: dict[str, Any], where: str) -> None:
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                walk(value, f"{where}{key}.")
-            else:
-                flat[where + key] = value
-
-    walk(config_to_dict(config), "")
-    return flat

@@ -272,9 +272,21 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def config_values(config: Config) -> dict[str, Any]:
+    """The tree as `section.key` -> value, in one dict."""
+    return _flat(config_to_dict(config), "")
+
+
 def config_to_yaml(config: Config) -> str:
     """The tree as YAML text that `load_config` reads back."""
     return yaml.safe_dump(_plain(config_to_dict(config)), sort_keys=False)
+
+
+def _flat(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{where}{key}.") if isinstance(value, dict) else {where + key: value}
+    return flat
 
 
 def _read_yaml(source: str | Path) -> dict[str, Any]:

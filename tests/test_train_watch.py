@@ -144,8 +144,28 @@ def test_from_where_a_run_goes_on_can_be_said(data, tmp_path):
         for run in ("run", "other")
     )
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    with pytest.raises(ConfigError, match=r"state-000000004.pt: this run has train.lr_g=0.0001, you ask for 0.01"):
+        Trainer(tiny("train.lr_g=0.01"), data, tmp_path / "third", "cpu", resume=earlier).train()
     with pytest.raises(CheckpointError, match="nowhere.pt: damaged or missing"):
         Trainer(tiny(), data, tmp_path / "third", "cpu", resume="nowhere.pt").train()
+
+
+def test_a_state_of_before_it_held_the_config_is_judged_by_its_run_folder(data, tmp_path):
+    Trainer(tiny("train.images=2"), data, tmp_path / "run", "cpu").train()
+    path = tmp_path / "run" / "checkpoints" / "state-000000002.pt"
+    old = {name: value for name, value in torch.load(path, weights_only=True).items() if name != "config"}
+    torch.save(old, path)
+    with pytest.raises(ConfigError, match=r"run/config.yaml: this run has train.lr_g=0.0001, you ask for 0.01"):
+        Trainer(tiny("train.lr_g=0.01"), data, tmp_path / "other", "cpu", resume=path).train()
+    Trainer(tiny("train.images=4", "train.init=gone.pt"), data, tmp_path / "other", "cpu", resume=path).train()
+
+
+def test_a_run_may_move_to_another_engine_of_the_same_matches(data, tmp_path):
+    for images, backend in ((2, "reference"), (4, "compiled")):
+        settings = f"train.images={images}", f"model.matching.backend={backend}"
+        Trainer(tiny(*settings), data, tmp_path, "cpu").train()
+    with pytest.raises(ConfigError, match="model.matching.backend=compiled, you ask for exact"):
+        Trainer(tiny("model.matching.backend=exact"), data, tmp_path, "cpu").train()
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):

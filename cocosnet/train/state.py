@@ -9,11 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cocosnet.errors import CheckpointError
+from cocosnet.config import Config, config_values, load_config
+from cocosnet.errors import CheckpointError, ConfigError
 from cocosnet.files import atomic_path
 
 FORMAT = 1
 KEPT = 2
+MAY_CHANGE = (  # what no step depends on
+    *("train.images", "train.log_images", "train.sample_images", "train.save_images", "train.val_images"),
+    *("train.tensorboard", "train.workers", "train.accumulate", "train.checkpointing", "train.compile", "train.init"),
+    *("data.edges", "data.poses", "data.crop", "data.landmarks", "data.val_fraction"),  # they are for `prepare`
+)
+_BACKEND = "model.matching.backend"  # all but "exact" find the same matches, so a run may move to another device
 
 
 def save_state(folder: Path, images: int, state: dict[str, Any]) -> Path:
@@ -36,8 +43,8 @@ def has_state(folder: Path) -> bool:
     return any(folder.glob("state-*.pt"))
 
 
-def newest_state(folder: Path, passed_over: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest state that can be read, on the CPU; None where there is none. `passed_over` hears of damaged ones.
+def newest_state(folder: Path, passed_over: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest state that can be read, on the CPU, and its file; None without any. `passed_over` hears of damage.
 
     Raises:
         CheckpointError: there are states, but all are damaged.
@@ -45,7 +52,7 @@ def newest_state(folder: Path, passed_over: Callable[[str], None]) -> dict[str, 
     paths = sorted(folder.glob("state-*.pt"), reverse=True)
     for path in paths:
         try:
-            return load_state(path)
+            return path, load_state(path)
         except CheckpointError as error:
             passed_over(f"{error}; passed over")
     if paths:
@@ -62,6 +69,35 @@ def load_state(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a state of format {FORMAT}")
     return state
+
+
+def settled_values(config: Config) -> dict[str, Any]:
+    """The values, as `section.key` -> value, that a run keeps from its first step to its last."""
+    values = config_values(config).items()
+    return {key: value for key, value in values if key not in MAY_CHANGE and not key.startswith("prepare.")}
+
+
+def check_same_run(path: Path, state: dict[str, Any], config: Config) -> None:
+    """Refuse to go on from the state of `path` with another config than its run's, but for what may change.
+
+    A state of before they held the config is judged by the config.yaml of the run folder that it lies in, if any.
+
+    Raises:
+        ConfigError: it names the first key that differs.
+    """
+    before = state.get("config")
+    if before is None:
+        path = path.absolute().parent.parent / "config.yaml"
+        before = settled_values(load_config(path)) if path.exists() else None
+    if before is None:
+        return
+    before = settled_values(Config()) | before  # values that were not there yet are at their defaults
+    for key, now in settled_values(config).items():
+        if before[key] != now and not (key == _BACKEND and "exact" not in (before[key], now)):
+            raise ConfigError(
+                f"{path}: this run has {key}={before[key]}, you ask for {now}; "
+                "go on with the same config or choose another run folder"
+            )
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from cocosnet.checkpoint import resolve_device, save_model
-from cocosnet.config import Config, config_to_dict, config_to_yaml, load_config
+from cocosnet.config import Config, config_to_yaml
 from cocosnet.data.dataset import PairDataset
 from cocosnet.data.images import save_image, to_image
 from cocosnet.errors import CheckpointError, CocosError, ConfigError, Stopped
@@ -34,17 +34,20 @@ from cocosnet.train.ema import Ema
 from cocosnet.train.networks import build_networks, speed_up
 from cocosnet.train.runlog import Averages, RunLog, TensorBoard, memory_mib
 from cocosnet.train.samples import sample_grid
-from cocosnet.train.state import has_state, load_state, newest_state, prune, random_state, save_state, set_random_state
+from cocosnet.train.state import (
+    check_same_run,
+    has_state,
+    load_state,
+    newest_state,
+    prune,
+    random_state,
+    save_state,
+    set_random_state,
+    settled_values,
+)
 from cocosnet.train.steps import Stepping, discriminator_step, generator_step
 from cocosnet.train.validation import validate
 
-MAY_CHANGE = tuple(
-    "train." + key
-    for key in (
-        *("images", "log_images", "sample_images", "save_images", "val_images", "tensorboard"),
-        *("workers", "accumulate", "checkpointing", "compile"),
-    )
-)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # each asks to save and stop
 SKIP_LIMIT = 20  # steps in a row whose numbers are not finite, before the run gives up
 SAMPLE_ROWS = 4
@@ -86,9 +89,13 @@ class Trainer:
         self.batches = StepBatches(PairDataset(data_folder, config, split="train"), config, self.ranks.share)
         self.held_out = PairDataset(data_folder, config, split="val")
         precision = pick_precision(config.train.precision, self.device)
-        begun = has_state(self.run / "checkpoints")  # then what the run started from is not needed any more
+        begun = has_state(self.run / "checkpoints") or self.resume not in ("auto", "never")
         self.networks = build_networks(
-            config, self.device, precision, init="" if begun else config.train.init, ranks=self.ranks
+            config,
+            self.device,
+            precision,
+            init="" if begun else config.train.init,  # what the run started from is not needed any more
+            ranks=self.ranks,
         )
         self.optimizer_g = self._adam(self.networks.generator_parameters(), config.train.lr_g)
         self.optimizer_d = self._adam(list(self.networks.discriminator.parameters()), config.train.lr_d)
@@ -164,11 +171,11 @@ class Trainer:
     def load(self) -> None:
         """Take up a state as `resume` says, or start; all ranks must find the same one."""
         passed_over: list[str] = []
-        state = self._chosen_state(passed_over.append)
+        chosen = self._chosen_state(passed_over.append)
         torch.manual_seed(self.config.train.seed + self.ranks.rank)
-        if state is not None:
-            self._check_same_run()
-            self._restore(state)
+        if chosen is not None:
+            check_same_run(*chosen, self.config)
+            self._restore(*chosen)
         if self.ranks.largest(self.images) != -self.ranks.largest(-self.images):
             raise CheckpointError(
                 f"{self.run}: the processes found different states; is this folder shared by all nodes?"
@@ -179,7 +186,7 @@ class Trainer:
         self.log.rewind(self.images)
         for text in passed_over:
             self.log.note(self.images, text)
-        if state is not None:
+        if chosen is not None:
             self.log.note(self.images, "resumed")
         atomic_write(self.run / "config.yaml", config_to_yaml(self.config))
 
@@ -208,7 +215,7 @@ class Trainer:
             metadata = {"cocosctl.images": str(self.images), f"cocosctl.val_{train.val_metric}": f"{value:.6g}"}
             save_model(self.run / "best.safetensors", model, metadata)
 
-    def _chosen_state(self, passed_over: Callable[[str], None]) -> dict[str, Any] | None:
+    def _chosen_state(self, passed_over: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
         folder = self.run / "checkpoints"
         if self.resume == "auto":
             return newest_state(folder, passed_over)
@@ -220,7 +227,7 @@ class Trainer:
         newer = [path for path in folder.glob("state-*.pt") if path.stem > f"state-{state['images']:09d}"]
         if newer:
             raise ConfigError(f"{newer[0]}: is newer than {self.resume}; go on from that one in a folder of its own")
-        return state
+        return Path(self.resume), state
 
     def _warm_up(self) -> None:
         """Match one level more after every `train.level_warmup` images."""
@@ -353,12 +360,13 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         return {
+            "config": settled_values(self.config),
             "skipped": self.skipped,
             "best": self.best,
             **{name: part.state_dict() for name, part in self._parts().items()},
         }
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def _restore(self, path: Path, state: dict[str, Any]) -> None:
         try:
             for name, part in self._parts().items():
                 part.load_state_dict(state[name])
@@ -367,19 +375,7 @@ class Trainer:
             set_random_state(state.get("random", []), self.ranks.rank, self.ranks.size, self.device)
         except (KeyError, RuntimeError, ValueError) as error:
             text = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{self.run}: its newest state does not fit these networks: {text}") from error
-
-    def _check_same_run(self) -> None:
-        path = self.run / "config.yaml"
-        if self.resume != "auto" and not path.exists():
-            return
-        before, now = _flat(config_to_dict(load_config(path))), _flat(config_to_dict(self.config))
-        for key in now:
-            if before.get(key) != now[key] and key not in MAY_CHANGE:
-                raise ConfigError(
-                    f"{path}: this run has {key}={before.get(key)}, you ask for {now[key]}; "
-                    "go on with the same config or choose another run folder"
-                )
+            raise CheckpointError(f"{path}: does not fit these networks: {text}") from error
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -416,11 +412,3 @@ def _ignore_signals(worker: int) -> None:
     """A terminal's Ctrl-C and a scheduler's signal reach the loading processes too; the trainer decides their end."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
