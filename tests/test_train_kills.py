@@ -62,6 +62,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_left_alone(tmp_path):
             assert load_file(path)
     assert killed >= min(KILLS, 2)
     assert start(data, run).wait() == 0
+    assert not list(run.rglob(".tmp-*"))
     last = f"checkpoints/state-{2 * STEPS:09d}.pt"
     alone, survived = (load_state(folder / last) for folder in (tmp_path / "alone", run))
     for part in ("model", "mapping", "discriminator", "ema"):

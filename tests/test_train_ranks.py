@@ -119,6 +119,24 @@ def test_processes_that_the_scheduler_starts_end_with_75_together(data, tmp_path
     assert len(state["random"]) == 2
 
 
+def test_a_damaged_picture_ends_all_processes_with_its_name_and_the_state_saved(tmp_path):
+    data, run, port = prepared_folder(tmp_path / "data"), tmp_path / "run", str(free_port())
+    damaged = data / "images" / "3.png"
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    command = train_command(data, run, 1, "train.images=400", "train.batch=4", "train.workers=1")
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    both = [
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment() | place | {"RANK": str(r)}, stderr=subprocess.PIPE, text=True
+        )
+        for r in range(2)
+    ]
+    errors = [process.communicate(timeout=90)[1] for process in both]
+    assert [process.returncode for process in both] == [3, 3], errors
+    assert all(text.count("\n") == 1 and str(damaged) in text for text in errors), errors
+    assert list((run / "checkpoints").glob("state-*.pt"))
+
+
 def wait_for(path):
     deadline = time.monotonic() + 90
     while not path.exists() and time.monotonic() < deadline:

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from cli_tools import COCOSCTL
 from PIL import Image
 from safetensors.torch import load_file
 from train_tools import prepared_folder, tiny
@@ -19,7 +21,15 @@ from train_tools import prepared_folder, tiny
 import cocosnet
 from cocosnet.checkpoint import read_metadata
 from cocosnet.config import config_to_yaml, load_config
-from cocosnet.errors import CheckpointError, CocosError, ConfigError, MissingWeights, Stopped
+from cocosnet.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MissingDependency,
+    MissingWeights,
+    OutputError,
+    Stopped,
+)
 from cocosnet.train.runlog import Averages, RunLog
 from cocosnet.train.trainer import SKIP_LIMIT, Trainer
 
@@ -34,6 +44,19 @@ RUN = """
         if values["images"] == int(kill_at):
             os.kill(os.getpid(), signal.SIGKILL)
     Trainer(load_config(config), data, run, "cpu", tick).train()
+"""
+STUCK = """
+    import sys, time
+    from cocosnet.config import load_config
+    from cocosnet.train.batches import StepBatches
+    from cocosnet.train.trainer import Trainer
+    class Lost(StepBatches):
+        def __getitem__(self, step):
+            time.sleep(3600)  # a disk of the network that does not answer
+    config, data, run = sys.argv[1:]
+    trainer = Trainer(load_config(config), data, run, "cpu")
+    trainer.batches.__class__ = Lost
+    trainer.train()
 """
 
 GRADIENTS = """
@@ -251,12 +274,108 @@ def test_a_core_is_enough_for_a_run_that_asks_for_more_loading_processes(data, t
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.fixture
+def damaged(tmp_path):
+    """A prepared folder, and the path of a picture in it that is not whole."""
+    folder = prepared_folder(tmp_path / "data")
+    picture = folder / "images" / "3.png"
+    picture.write_bytes(picture.read_bytes()[:60])
+    return folder, picture
+
+
+def test_a_damaged_picture_ends_the_run_with_its_state_saved_and_mended_it_goes_on(damaged, data, tmp_path, finished):
+    folder, picture = damaged
+    run = tmp_path / "run"
+    with pytest.raises(DataError, match="images/3.png") as caught:
+        Trainer(tiny("train.workers=1", "train.save_images=1000"), folder, run, "cpu").train()
+    assert "Traceback" not in str(caught.value)
+    assert len(list((run / "checkpoints").glob("state-*.pt"))) == 1
+    picture.write_bytes((data / "images" / "3.png").read_bytes())
+    Trainer(tiny("train.save_images=1000"), folder, run, "cpu").train()
+    assert differences(state(run, 8)["model"], state(finished[0], 8)["model"]) == []
+
+
+def test_what_would_end_a_run_at_its_first_validation_is_said_at_its_start(damaged, data, tmp_path, monkeypatch):
+    for variable in ("COCOSCTL_WEIGHTS_DIR", "TORCH_HOME"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    monkeypatch.setenv("COCOSCTL_OFFLINE", "1")
+    run = tmp_path / "run"
+    with pytest.raises((MissingWeights, MissingDependency)):
+        Trainer(tiny("train.val_metric=fid", "train.val_images=8"), data, run, "cpu").train()
+    folder, picture = damaged
+    picture.rename(folder / "images" / "5.png")  # a held-out one
+    with pytest.raises(DataError, match="images/5.png"):
+        Trainer(tiny(), folder, run, "cpu").train()
+    assert not run.exists()
+
+
+def test_leftovers_of_a_killed_save_are_removed(data, tmp_path):
+    for folder in ("", "checkpoints", "samples"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / ".tmp-left.pt").write_bytes(b"half")
+    Trainer(tiny("train.images=2"), data, tmp_path, "cpu").train()
+    assert not list(tmp_path.rglob(".tmp-*"))
+
+
+def test_a_run_folder_that_cannot_be_changed_is_said_in_one_line(data, tmp_path):
+    (tmp_path / "stopped").mkdir()  # stands in for a folder that is read-only, which it never is for root
+    with pytest.raises(OutputError, match="stopped: cannot write"):
+        Trainer(tiny(), data, tmp_path, "cpu").train()
+
+
+def loading(process):
+    """Process ids of a trainer's loading processes, once it has them."""
+    deadline, children = time.monotonic() + 90, Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not (found := children.read_text().split()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return [int(pid) for pid in found]
+
+
+def are_gone(pids, seconds):
+    """Whether these processes end within the time."""
+    deadline = time.monotonic() + seconds
+    while (left := any(Path(f"/proc/{pid}").exists() for pid in pids)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not left
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for the loading processes")
+def test_a_signal_to_the_whole_group_still_saves(data, tmp_path):
+    (tmp_path / "config.yaml").write_text(config_to_yaml(tiny("train.images=40000", "train.workers=1")))
+    command = [*COCOSCTL, "train", tmp_path / "config.yaml", "--data", data, "-o", tmp_path / "run", "-q"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True)
+    workers = loading(process)
+    while not (tmp_path / "run" / "stats.jsonl").exists() and process.poll() is None:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    errors = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 75 and errors.count("\n") == 1, errors
+    assert list((tmp_path / "run" / "checkpoints").glob("state-*.pt"))
+    assert workers and are_gone(workers, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for the loading processes")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_loading_process_that_is_stuck_ends_with_the_trainer(data, tmp_path, number):
+    """The second Ctrl-C interrupts at once."""
+    (tmp_path / "config.yaml").write_text(config_to_yaml(tiny("train.workers=1")))
+    command = [sys.executable, "-c", textwrap.dedent(STUCK), tmp_path / "config.yaml", data, tmp_path / "run"]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
+    workers = loading(process)
+    time.sleep(1)
+    for _ in range(2):
+        process.send_signal(number)
+        time.sleep(0.5)
+    process.wait(timeout=30)
+    assert workers and are_gone(workers, 10)
+
+
 def test_a_run_whose_numbers_stay_not_finite_gives_up_with_its_state_saved(data, tmp_path):
     config = tiny(*(f"train.{key}=50" for key in ("images", "save_images", "sample_images")))
     trainer = Trainer(config, data, tmp_path, "cpu")
     with torch.no_grad():
         trainer.networks.mapping.to_rgb.bias.fill_(float("nan"))
-    with pytest.raises(CocosError, match="20 steps in a row were not finite"):
+    with pytest.raises(ConfigError, match="20 steps in a row were not finite"):
         trainer.train()
     assert state(tmp_path, 2 * SKIP_LIMIT)["skipped"] == SKIP_LIMIT
     assert sum("step skipped" in line.get("note", "") for line in stats(tmp_path)) == SKIP_LIMIT

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from cocosnet.config import Config
 from cocosnet.data.dataset import PairDataset
 from cocosnet.data.distortion import distort
-from cocosnet.errors import DataError
+from cocosnet.errors import CocosError, DataError
 
 _ORDER, _DRAW = 0, 1  # which stream of random numbers: the order of an epoch, or the draws for one sample
 
@@ -93,6 +93,21 @@ class StepBatches(Dataset):
             return self.pairs[index]
         step = int(torch.randint(1, len(self.pairs), (), generator=generator))
         return self.pairs.with_exemplar(index, (index + step) % len(self.pairs))
+
+
+class Answers(Dataset):
+    """`batches`, with a CocosError in the place of one that cannot be made: so it comes back from a loading process as
+    it is, without that process's traceback."""
+
+    def __init__(self, batches: StepBatches):
+        self.batches = batches
+
+    def __getitem__(self, step: int) -> Batch | CocosError:
+        """The batch of step `step`, or why there is none."""
+        try:
+            return self.batches[step]
+        except CocosError as error:
+            return error
 
 
 def make_sample(item: Mapping[str, Any], config: Config, *, pseudo: bool, generator: torch.Generator) -> Batch:

@@ -6,7 +6,7 @@ who by the environment (RANK, WORLD_SIZE); without it there is one process and n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cocosnet.errors import ConfigError
+from cocosnet.errors import CocosError, ConfigError
 from cocosnet.groups import end_group, everyone, join_group, own_device
 from cocosnet.launcher import place
 
@@ -75,6 +75,20 @@ class Ranks:
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in their order, on every rank; all ranks must ask."""
         return [value] if self.size == 1 else everyone(value)
+
+    def together(self, work: Callable[[], Any]) -> None:
+        """Do `work`; all ranks must come here. A CocosError of some rank's is raised on every one, so none waits."""
+        failure = None
+        try:
+            work()
+        except CocosError as error:
+            failure = error
+        if self.any(failure is not None):
+            raise next(error for error in self.gather(failure) if error is not None)
+
+    def write(self, work: Callable[[], Any]) -> None:
+        """Do `work` on the rank that writes; all must come here, and its CocosError is raised on every one."""
+        self.together(work if self.writes else lambda: None)
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace every gradient (a missing one counts as zero) by its mean over the ranks, in one exchange."""

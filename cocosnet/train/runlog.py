@@ -45,16 +45,23 @@ class RunLog:
 
 
 class TensorBoard:
-    """The same numbers, and the sample grids, for TensorBoard. Raises MissingDependency where it is not installed."""
+    """The same numbers, and the sample grids, for TensorBoard. What was there of work after `images` is hidden.
 
-    def __init__(self, folder: Path):
+    Raises:
+        MissingDependency: TensorBoard is not installed. OutputError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, images: int = 0):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise MissingDependency(
                 "train.tensorboard needs TensorBoard: pip install 'cocosctl[tensorboard]'"
             ) from error
-        self._writer = SummaryWriter(str(folder))
+        try:
+            self._writer = SummaryWriter(str(folder), purge_step=images + 1)
+        except OSError as error:
+            raise cannot_write(folder, error) from error
 
     def write(self, images: int, values: Mapping[str, float]) -> None:
         """Add the numbers that are finite."""
@@ -66,6 +73,7 @@ class TensorBoard:
     def picture(self, images: int, grid: Tensor) -> None:
         """Add a picture, 3,H,W in [-1, 1]."""
         self._writer.add_image("samples", (grid.clamp(-1, 1) + 1) / 2, images)
+        self._writer.flush()
 
     def close(self) -> None:
         """Write what is left; nothing can be added afterwards."""

@@ -24,11 +24,12 @@ from cocosnet.checkpoint import resolve_device, save_model
 from cocosnet.config import Config, config_to_yaml
 from cocosnet.data.dataset import PairDataset
 from cocosnet.data.images import save_image, to_image
-from cocosnet.errors import CheckpointError, CocosError, ConfigError, Stopped
-from cocosnet.files import atomic_path, atomic_write
+from cocosnet.errors import CheckpointError, CocosError, ConfigError, OutputError, Stopped
+from cocosnet.files import atomic_path, atomic_write, cannot_write
+from cocosnet.metrics.registry import get_metric
 from cocosnet.model.cocosnet import Output
 from cocosnet.precision import pick_precision
-from cocosnet.train.batches import Batch, StepBatches, make_sample, stack, step_generator
+from cocosnet.train.batches import Answers, Batch, StepBatches, make_sample, stack, step_generator
 from cocosnet.train.distributed import Ranks
 from cocosnet.train.ema import Ema
 from cocosnet.train.networks import build_networks, speed_up
@@ -50,6 +51,7 @@ from cocosnet.train.validation import validate
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # each asks to save and stop
 SKIP_LIMIT = 20  # steps in a row whose numbers are not finite, before the run gives up
+HEARTBEAT = 2.0  # s between two looks of a loading process whether the trainer still lives
 SAMPLE_ROWS = 4
 _SAMPLE_STREAM = 2  # of random numbers, see batches.step_generator
 
@@ -69,7 +71,9 @@ class Trainer:
         ConfigError: the run folder was made with another config. DataError: the data cannot be used.
         MissingWeights, MissingDependency: the perceptual network's weights, or the device, are not here.
         CheckpointError: there are states in the run folder but none can be read, or one does not fit.
-        Stopped: SIGINT, SIGTERM or SIGUSR1; the state was saved. CocosError: the numbers have ceased to be finite.
+        Stopped: SIGINT, SIGTERM or SIGUSR1; the state was saved.
+    Once the run has begun, DataError (a picture is damaged) and ConfigError (the numbers have ceased to be finite) come
+    with the state saved, and on every rank; OutputError (the disk is full) on every rank, without.
     """
 
     def __init__(
@@ -102,7 +106,7 @@ class Trainer:
         self.ema = Ema(self.networks.model, config.train.ema_images)
         speed_up(self.networks, checkpointing=config.train.checkpointing, compiled=config.train.compile)
         self.log, self.averages = RunLog(self.run / "stats.jsonl"), Averages()
-        self.board = TensorBoard(self.run / "tensorboard") if config.train.tensorboard and self.ranks.writes else None
+        self.board: TensorBoard | None = None
         self.images, self.skipped, self.stop_signal = 0, 0, 0
         self.best = math.inf  # the least `train.val_metric` so far
 
@@ -111,19 +115,18 @@ class Trainer:
 
         A run that a signal stopped leaves the file RUN/stopped, for launchers that do not pass the exit code on.
         """
+        self.ranks.write(self._rehearse)
         self.load()
         self._logged, self._waited = (self.images, time.monotonic()), 0.0
         self._started = self._logged
-        with self._signals():
+        with self._signals(), self._board_closed():
             for batch in self._timed(self._loader()):
-                self.train_step(batch)
-                self._report()
+                with self._saved_on_failure():
+                    self.ranks.together(lambda batch=batch: _raise_failure(batch))
+                    self.train_step(batch)
+                    self._report()
                 if self.ranks.any(bool(self.stop_signal)):
-                    self.save()
-                    if self.ranks.writes:
-                        atomic_write(self.run / "stopped", f"at {self.images} images\n")
-                    self.ranks.leave()
-                    raise Stopped(f"{self.run}: stopped at {self.images} images; run the same command again to go on")
+                    self._stop()
         self.save()
         self.ranks.leave()
         return self.run / "model.safetensors"
@@ -158,8 +161,9 @@ class Trainer:
         The weights of all ranks are the same; their random states are gathered.
         """
         random = self.ranks.gather(random_state(self.device))
-        if not self.ranks.writes:
-            return
+        self.ranks.write(lambda: self._write_state(random))
+
+    def _write_state(self, random: list[dict[str, torch.Tensor]]) -> None:
         folder = self.run / "checkpoints"
         save_state(folder, self.images, {**self._state(), "random": random})
         path = folder / f"model-{self.images:09d}.safetensors"
@@ -180,15 +184,35 @@ class Trainer:
             raise CheckpointError(
                 f"{self.run}: the processes found different states; is this folder shared by all nodes?"
             )
-        if not self.ranks.writes:
-            return
-        (self.run / "stopped").unlink(missing_ok=True)
+        notes = [*passed_over, "resumed"] if chosen is not None else passed_over
+        self.ranks.write(lambda: self._take_folder(notes))
+
+    def _take_folder(self, notes: list[str]) -> None:
+        """Make the run folder say where the run stands, without what is going to be done again."""
+        folders = self.run, self.run / "checkpoints", self.run / "samples"
+        for path in [self.run / "stopped", *(path for folder in folders for path in folder.glob(".tmp-*"))]:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise cannot_write(path, error) from error
         self.log.rewind(self.images)
-        for text in passed_over:
+        for text in notes:
             self.log.note(self.images, text)
-        if chosen is not None:
-            self.log.note(self.images, "resumed")
         atomic_write(self.run / "config.yaml", config_to_yaml(self.config))
+        if self.config.train.tensorboard:
+            self.board = TensorBoard(self.run / "tensorboard", self.images)
+
+    def _rehearse(self) -> None:
+        """Meet at once what would otherwise end the run at its first sample grid or validation."""
+        self._sample_batch()
+        if self._validates():
+            get_metric(self.config.train.val_metric, device=str(self.device), seed=self.config.train.seed)
+
+    def _validates(self) -> bool:
+        """Whether this run will come to a validation."""
+        train = self.config.train
+        last = -(-train.images // train.batch) * train.batch
+        return len(self.held_out) > 0 and 0 < train.val_images <= last
 
     def sample(self) -> None:
         """Write a grid of held-out pairs (of training pairs where none are held out) by the averaged model."""
@@ -235,7 +259,7 @@ class Trainer:
         if warmup and hasattr(model, "hierarchy"):
             model.hierarchy.depth = min(1 + self.images // warmup, len(model.hierarchy.projections))
 
-    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _timed(self, batches: Iterator[Batch | CocosError]) -> Iterator[Batch | CocosError]:
         """The same batches; counts the seconds spent waiting for them."""
         while True:
             since = time.monotonic()
@@ -252,13 +276,13 @@ class Trainer:
     def _adversarial_on(self) -> bool:
         return self.config.loss.adv > 0 and self.images >= self.config.train.adv_start
 
-    def _loader(self) -> Iterator[Batch]:
-        """Batches from the step at hand to the last one."""
+    def _loader(self) -> Iterator[Batch | CocosError]:
+        """Batches from the step at hand to the last one; in the place of one that cannot be made, why."""
         train = self.config.train
         steps = range(self.images // train.batch, -(-train.images // train.batch))
         return iter(
             DataLoader(
-                self.batches,
+                Answers(self.batches),
                 batch_size=None,
                 sampler=steps,
                 num_workers=min(train.workers, usable_cores()),  # PyTorch warns of more, which only wait for each other
@@ -269,14 +293,14 @@ class Trainer:
         )
 
     def _report(self) -> None:
-        """What is due after a step: log line, samples, checkpoint, and the caller's tick."""
+        """What is due after a step: log line, samples, validation, checkpoint, and the caller's tick."""
         train = self.config.train
-        if self.ranks.writes and self._due(train.log_images):
-            self._log(self._stats())
-        if self.ranks.writes and self._due(train.sample_images):
-            self.sample()
-        if self.ranks.writes and train.val_images and self._due(train.val_images) and len(self.held_out):
-            self.validate()
+        if self._due(train.log_images):
+            self.ranks.write(lambda: self._log(self._stats()))
+        if self._due(train.sample_images):
+            self.ranks.write(self.sample)
+        if self._validates() and self._due(train.val_images):
+            self.ranks.write(self.validate)
         if self._due(train.save_images):
             self.save()
         self.on_tick(self._tick())
@@ -322,14 +346,12 @@ class Trainer:
         }
 
     def _count_skips(self, applied: bool) -> None:
-        """Give up, with the state saved, after too many steps in a row that could not be made."""
+        """Give up after too many steps in a row that could not be made."""
         self.skipped = 0 if applied else self.skipped + 1
-        if not applied and self.ranks.writes:
-            self.log.note(self.images, "step skipped: a loss or a gradient is not finite")
+        if not applied:
+            self.ranks.write(lambda: self.log.note(self.images, "step skipped: a loss or a gradient is not finite"))
         if self.skipped >= SKIP_LIMIT:
-            self.save()
-            self.ranks.leave()
-            raise CocosError(
+            raise ConfigError(
                 f"{self.run}: {SKIP_LIMIT} steps in a row were not finite; start anew with lower "
                 "train.lr_g and train.lr_d, or with train.precision=fp32"
             )
@@ -377,6 +399,32 @@ class Trainer:
             text = " ".join(str(error).split())[:200]
             raise CheckpointError(f"{path}: does not fit these networks: {text}") from error
 
+    def _stop(self) -> None:
+        """End a run that a signal has asked to stop."""
+        self.save()
+        self.ranks.write(lambda: atomic_write(self.run / "stopped", f"at {self.images} images\n"))
+        self.ranks.leave()
+        raise Stopped(f"{self.run}: stopped at {self.images} images; run the same command again to go on")
+
+    @contextlib.contextmanager
+    def _saved_on_failure(self) -> Iterator[None]:
+        """Save the state before an error ends the run, which all ranks must meet; a disk that is full has no room."""
+        try:
+            yield
+        except CocosError as error:
+            if not isinstance(error, OutputError):
+                self.save()
+            self.ranks.leave()
+            raise
+
+    @contextlib.contextmanager
+    def _board_closed(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if self.board:
+                self.board.close()
+
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         """Turn the first of SIGNALS into a stop after the step at hand; a second one acts as it always does.
@@ -408,7 +456,28 @@ def usable_cores() -> int:
     return max(found or 1, 1)
 
 
+def _raise_failure(batch: Batch | CocosError) -> None:
+    if isinstance(batch, CocosError):
+        raise batch
+
+
 def _ignore_signals(worker: int) -> None:
-    """A terminal's Ctrl-C and a scheduler's signal reach the loading processes too; the trainer decides their end."""
+    """A terminal's Ctrl-C and a scheduler's signal reach the loading processes too; the trainer decides their end.
+
+    Its own SIGTERM, by which PyTorch ends a process that is stuck, and its death do end them.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigtimedwait"):  # not on macOS
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(trainer: int) -> None:
+    """End this process, whatever it is at, when the process `trainer` says so or is gone."""
+    while os.getppid() == trainer:
+        heard = signal.sigtimedwait({signal.SIGTERM}, HEARTBEAT)
+        if heard is not None and heard.si_pid == trainer:
+            break
+    os._exit(0)
