@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cli_tools import draw_pictures
 from PIL import Image
 from scipy.interpolate import RBFInterpolator
 from skimage.transform import warp
 
 from cocosnet.config import Config, DataConfig, DistortionConfig, load_config
-from cocosnet.data.dataset import PairDataset
+from cocosnet.data.dataset import PairDataset, as_prepared
 from cocosnet.data.distortion import apply_grid, distort, random_grid, spline_basis
 from cocosnet.data.images import load_rgb, to_tensor
 from cocosnet.data.prepare import prepare
@@ -107,7 +108,7 @@ def test_too_few_control_points_are_refused() -> None:
 
 @pytest.fixture(scope="module")
 def prepared(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five pictures of facades with their labels, 40 px, half of them held out."""
+    """Eight pictures of facades with their labels, 40 px, half of them held out."""
     folder = tmp_path_factory.mktemp("prepared")
     config = Config(data=DataConfig(task="mask", classes=12, size=40, val_fraction=0.5))
     records = list(prepare(shared / "data" / "facades256", folder, config, limit=8))
@@ -157,6 +158,17 @@ def test_folders_that_do_not_fit_are_refused(prepared: Path, tmp_path: Path) -> 
             PairDataset(prepared, Config(data=config))
     with pytest.raises(DataError, match="cocosctl prepare"):
         PairDataset(tmp_path, MASKS)
+
+
+def test_edges_by_another_extractor_than_the_config_says_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    """`translate --raw` takes the extractor that the model's config names."""
+    photos, folder = draw_pictures(tmp_path / "photos", 2), tmp_path / "prepared"
+    made = DataConfig(size=32, edges="hed-small")
+    assert all(record.status == "ok" for record in prepare(photos, folder, Config(data=made)))
+    with pytest.raises(DataError, match="by hed-small, the config says hed; add --set data.edges=hed-small"):
+        PairDataset(folder, Config(data=DataConfig(size=32, edges="hed")))
+    PairDataset(folder, Config(data=made))
+    assert as_prepared(folder, Config(data=DataConfig(size=32, edges="auto"))).data == made
 
 
 def test_a_lost_picture_is_named(prepared: Path, tmp_path: Path) -> None:

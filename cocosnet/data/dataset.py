@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,9 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
 
 
 def check_prepared(folder: str | Path, config: Config) -> None:
-    """Refuse a folder that was prepared for another task, more classes, or smaller pictures than the config says.
+    """Refuse a folder that was prepared for another task, more classes, smaller pictures or by another edge extractor.
+
+    A model would be told of other edges than it learned from: `translate --raw` finds those that its config names.
 
     A folder without dataset.json, made by other means, is taken on trust.
 
@@ -132,3 +135,27 @@ def check_prepared(folder: str | Path, config: Config) -> None:
         raise DataError(f"{shown(folder)}: prepared at {summary['size']} px, the config needs {data.size}; {remedy}")
     if data.task == "mask" and summary["classes"] > data.classes:
         raise DataError(f"{shown(folder)}: has {summary['classes']} classes, the config {data.classes}; {remedy}")
+    made_by = _edges(summary)
+    if made_by and data.edges not in ("auto", made_by):
+        raise DataError(
+            f"{shown(folder)}: its edges are by {made_by}, the config says {data.edges}; "
+            f"add --set data.edges={made_by}, or prepare the folder again"
+        )
+
+
+def as_prepared(folder: str | Path, config: Config) -> Config:
+    """The config with the extractor that made the folder's edges in place of `auto`, which elsewhere may be another.
+
+    Raises:
+        DataError: the folder's dataset.json is damaged.
+    """
+    made_by = _edges(read_summary(folder)) if (Path(folder) / DATASET_NAME).exists() else None
+    if made_by is None or config.data.edges != "auto":
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, edges=made_by))
+
+
+def _edges(summary: dict[str, Any]) -> str | None:
+    """The extractor of a summary's folder of edges; None where it does not say."""
+    source = summary.get("condition_source")
+    return source.get("network") if summary["task"] == "edge" and isinstance(source, dict) else None

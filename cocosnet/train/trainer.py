@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from cocosnet.checkpoint import resolve_device, save_model
 from cocosnet.config import Config, config_to_yaml
-from cocosnet.data.dataset import PairDataset
+from cocosnet.data.dataset import PairDataset, as_prepared
 from cocosnet.data.images import save_image, to_image
 from cocosnet.errors import CheckpointError, CocosError, ConfigError, OutputError, Stopped
 from cocosnet.files import atomic_path, atomic_write, cannot_write
@@ -85,7 +85,8 @@ class Trainer:
         on_tick: Callable[[dict[str, Any]], None] | None = None,
         resume: str | Path = "auto",
     ):
-        self.config, self.run, self.resume = config, Path(run_folder), str(resume)
+        self.config = config = as_prepared(data_folder, config)
+        self.run, self.resume = Path(run_folder), str(resume)
         self.ranks = Ranks.join(resolve_device(device), config.train.batch)
         self.device = self.ranks.device
         self.stepping = Stepping(config.train.accumulate, config.train.clip)
