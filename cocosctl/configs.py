@@ -9,7 +9,7 @@ from typer import Argument
 
 from cocosctl import options
 from cocosctl.output import Output
-from cocosnet.config import config_to_dict, config_to_yaml, config_values, load_config, preset_names
+from cocosnet.config import check_trainable, config_to_dict, config_to_yaml, config_values, load_config, preset_names
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, help="List, show, check and compare configs.")
 Source = Annotated[str, Argument(metavar="CONFIG", show_default=False, help="A preset's name or a YAML file.")]
@@ -34,7 +34,7 @@ def show(config: Source, overrides: options.Set = None, as_json: options.Json = 
 @app.command()
 def validate(config: Source, overrides: options.Set = None, as_json: options.Json = False) -> None:
     """Check a config; exit code 3 and one line where it is wrong."""
-    load_config(config, overrides or [])
+    check_trainable(load_config(config, overrides or []))
     Output(as_json).row({"config": config, "valid": True}, f"{config}: valid")
 
 

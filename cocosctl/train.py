@@ -13,7 +13,7 @@ from typer import Argument, Option
 
 from cocosctl import options
 from cocosctl.output import Output
-from cocosnet.config import Config, config_to_dict, config_to_yaml, load_config
+from cocosnet.config import Config, check_trainable, config_to_dict, config_to_yaml, load_config
 
 SECONDS_BETWEEN_LINES = 10.0
 _TOLD_APART = (  # what the status line has in words of its own
@@ -48,6 +48,7 @@ def train(
     named = {"seed": seed, "workers": workers}
     flags = [f"train.{key}={value}" for key, value in named.items() if value is not None]
     resolved = load_config(config, (overrides or []) + flags)
+    check_trainable(resolved)
     if dry_run:
         _describe(resolved, device, out)
         return

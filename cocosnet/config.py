@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -267,6 +268,22 @@ def config_from_dict(tree: Mapping[str, Any]) -> Config:
     return config
 
 
+def check_trainable(config: Config) -> None:
+    """Refuse a size of pictures that training cannot use: each level of the pyramid must be half of the finer one.
+
+    Raises:
+        ConfigError: it names the nearest sizes that can be.
+    """
+    size, step = config.data.size, 2 ** (config.model.encoder.levels - 1)
+    if config.model.matched_levels and size % step:
+        below = size // step * step
+        near = f"{below} or {below + step}" if below else f"{step}"
+        raise ConfigError(
+            f"data.size={size} must be a multiple of {step} to train with "
+            f"model.encoder.levels={config.model.encoder.levels}; take {near}"
+        )
+
+
 def config_to_dict(config: Config) -> dict[str, Any]:
     """The tree as nested dicts of plain values, as written into runs and checkpoints."""
     return dataclasses.asdict(config)
@@ -299,7 +316,7 @@ def _read_yaml(source: str | Path) -> dict[str, Any]:
                 f"the presets are {', '.join(preset_names())}"
             )
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot read this config: {' '.join(str(error).split())}") from error
     if not isinstance(tree or {}, dict):
@@ -313,7 +330,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r}: write section.key=value")
     *sections, name = key.strip().split(".")
     for section in sections:
-        tree = tree.setdefault(section, {})
+        if tree.get(section) is None:  # absent, or left empty in the file
+            tree[section] = {}
+        tree = tree[section]
         if not isinstance(tree, dict):
             raise ConfigError(f"--set {override!r}: {section} is a value, not a section")
     try:
@@ -325,7 +344,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _build(kind: type, values: Any, where: str) -> Any:
     """Make a `kind` (a dataclass) of a mapping, field by field."""
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{where or 'config'}: expected a section, found {values!r}")
+        raise ConfigError(f"{where.removesuffix('.') or 'config'}: expected a section, found {values!r}")
     hints = typing.get_type_hints(kind)
     for key in values:
         if key not in hints:
@@ -336,14 +355,14 @@ def _build(kind: type, values: Any, where: str) -> Any:
 def _coerce(kind: Any, value: Any, where: str) -> Any:
     """Turn a YAML value into the field's type; YAML reads 1e-4 as text, so numbers are parsed by the type."""
     if dataclasses.is_dataclass(kind):
-        return _build(kind, value, where + ".")
+        return _build(kind, {} if value is None else value, where + ".")
     if isinstance(kind, types.GenericAlias):
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{where}: expected a list, found {value!r}")
         return tuple(_coerce(typing.get_args(kind)[0], item, where) for item in value)
     try:
         return _SCALARS[kind](value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"{where}: expected {kind.__name__}, found {value!r}") from None
 
 
@@ -360,7 +379,7 @@ def _int(value: Any) -> int:
 
 
 def _float(value: Any) -> float:
-    if isinstance(value, bool):
+    if isinstance(value, bool) or not math.isfinite(float(value)):
         raise ValueError
     return float(value)
 
@@ -407,18 +426,35 @@ def _check(config: Config) -> None:
     _require(config.data.task != "mask" or config.data.classes > 0, "data.classes must be set for task mask")
     for name, value in _positive_values(config):
         _require(value > 0, f"{name} must be positive, is {value}")
-    for name in ("level_warmup", "clip", "val_images", "adv_start", "workers"):
+    for name in ("level_warmup", "clip", "val_images", "adv_start", "workers", "ema_images", "seed"):
         value = getattr(config.train, name)
         _require(value >= 0, f"train.{name} must not be negative, is {value}")
+    for name in ("beta1", "beta2"):
+        value = getattr(config.train, name)
+        _require(0 <= value < 1, f"train.{name} must be at least 0 and below 1, is {value}")
     _require(0 <= config.train.real_exemplars <= 1, "train.real_exemplars is a probability, from 0 to 1")
 
 
 def _positive_values(config: Config) -> list[tuple[str, float]]:
-    matching, train = config.model.matching, config.train
+    model, matching, train = config.model, config.model.matching, config.train
     return [
         ("data.size", config.data.size),
         ("prepare.exemplars", config.prepare.exemplars),
-        ("model.encoder.levels", config.model.encoder.levels),
+        ("model.encoder.levels", model.encoder.levels),
+        ("model.encoder.stem_width", model.encoder.stem_width),
+        ("model.encoder.spade_hidden", model.encoder.spade_hidden),
+        *(("model.encoder.widths", width) for width in model.encoder.widths),
+        *(("model.translator.widths", width) for width in model.translator.widths),
+        *(("model.translator.blocks", count) for count in model.translator.blocks),
+        ("model.translator.widths' number", len(model.translator.widths)),
+        ("model.translator.spade_hidden", model.translator.spade_hidden),
+        ("model.translator.code_size", model.translator.code_size),
+        ("model.discriminator.width", model.discriminator.width),
+        ("model.discriminator.layers", model.discriminator.layers),
+        ("model.discriminator.scales", model.discriminator.scales),
+        ("model.matching.channels", matching.channels),
+        ("model.matching.hidden", matching.hidden),
+        ("model.matching.iterations", matching.iterations),
         ("model.matching.candidates", matching.candidates),
         ("model.matching.temperature", matching.temperature),
         ("model.matching.max_step", matching.max_step),

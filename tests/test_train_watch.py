@@ -59,6 +59,35 @@ def test_a_setting_that_cannot_be_is_refused_by_name(wrong):
         tiny(f"train.{wrong}")
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *("train.images=.inf", "train.lr_g=.nan", "train.seed=-1", "train.beta1=1", "train.ema_images=-5"),
+        *("model.matching.iterations=0", "model.discriminator.layers=0", "model.translator.widths=[]"),
+        *("model.encoder.widths=[8, 0, 8]", "data.size=30"),
+    ],
+)
+def test_a_value_that_training_cannot_use_is_one_line(capsys, wrong):
+    assert run(["config", "validate", "tiny-cpu", "--set", wrong]) == 3
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and wrong.partition("=")[0] in said
+
+
+def test_the_nearest_sizes_that_can_be_are_told(tmp_path, data):
+    with pytest.raises(ConfigError, match="data.size=30 must be a multiple of 4 .*levels=3; take 28 or 32"):
+        Trainer(tiny("data.size=30"), data, tmp_path, "cpu")
+    Trainer(tiny("data.size=28", "train.images=2"), data, tmp_path, "cpu").train()
+
+
+def test_a_section_that_is_left_empty_has_its_defaults(tmp_path):
+    path = tmp_path / "empty.yaml"
+    path.write_text("# größe\ntrain:\n", encoding="utf-8")
+    assert load_config(path) == load_config()
+    assert load_config(path, ["train.batch=3"]).train.batch == 3
+    with pytest.raises(ConfigError, match="^train: expected a section, found 3"):
+        load_config(None, ["train=3"])
+
+
 def test_what_a_run_needs_is_told_beforehand_and_grows_with_the_picture_and_the_batch():
     small, large, many = (
         estimate(tiny(*settings), torch.device("cpu")) for settings in ((), ("data.size=64",), ("train.batch=8",))

@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from cocosnet.checkpoint import resolve_device, save_model
-from cocosnet.config import Config, config_to_yaml
+from cocosnet.config import Config, check_trainable, config_to_yaml
 from cocosnet.data.dataset import PairDataset, as_prepared
 from cocosnet.data.images import save_image, to_image
 from cocosnet.errors import CheckpointError, CocosError, ConfigError, OutputError, Stopped
@@ -85,6 +85,7 @@ class Trainer:
         on_tick: Callable[[dict[str, Any]], None] | None = None,
         resume: str | Path = "auto",
     ):
+        check_trainable(config)
         self.config = config = as_prepared(data_folder, config)
         self.run, self.resume = Path(run_folder), str(resume)
         self.ranks = Ranks.join(resolve_device(device), config.train.batch)
