@@ -209,6 +209,15 @@ def test_a_pseudo_exemplar_is_the_picture_distorted_together_with_its_condition(
     assert sample.pseudo == 1 and (sample.exemplar - sample.image).abs().mean() > 0.01
 
 
+def test_a_pseudo_exemplar_takes_one_picture_alone(tmp_path):
+    """Nothing else is read or decoded: the exemplars that the manifest names may be gone."""
+    folder = prepared_folder(tmp_path, count=3, held_out=2)
+    for index in (1, 2):
+        (folder / "images" / f"{index}.png").unlink()
+    only = StepBatches(PairDataset(folder, tiny(), split="train"), tiny("train.real_exemplars=0"))
+    assert only[0].pseudo.tolist() == [1, 1]
+
+
 def test_a_pseudo_exemplar_says_where_it_shows_the_picture(pairs):
     batch = stack([make_sample(pairs[i], tiny(), pseudo=i < 2, generator=step_generator(0, 1, i)) for i in range(3)])
     assert torch.allclose(apply_grid(batch.image, batch.field)[:2], batch.exemplar[:2], atol=1e-5)

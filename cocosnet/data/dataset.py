@@ -59,6 +59,10 @@ class PairDataset(Dataset):
         record = self.records[index]
         return self._item(record, record.exemplar, record.exemplar_condition)
 
+    def alone(self, index: int) -> dict[str, Any]:
+        """The pair `index` without an exemplar, for a pseudo exemplar: nothing else is read."""
+        return self._item(self.records[index], None, None)
+
     def with_exemplar(self, index: int, other: int) -> dict[str, Any]:
         """The pair `index` with picture `other` of this split as exemplar instead, for drawing exemplars anew."""
         exemplar = self.records[other]

@@ -83,8 +83,10 @@ class StepBatches(Dataset):
     def _sample(self, position: int) -> Batch:
         index, generator = self._index(position), step_generator(self.config.train.seed, _DRAW, position)
         real = bool(torch.rand((), generator=generator) < self.config.train.real_exemplars)
-        drawn = real and self.config.train.draw_exemplars
-        item = self._with_another(index, generator) if drawn else self.pairs[index]
+        if not real:
+            item = self.pairs.alone(index)
+        else:
+            item = self._with_another(index, generator) if self.config.train.draw_exemplars else self.pairs[index]
         return make_sample(item, self.config, pseudo=not real, generator=generator)
 
     def _with_another(self, index: int, generator: torch.Generator) -> Mapping[str, Any]:
