@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import math
-import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +14,7 @@ from typer import Argument, Option
 from cocosctl import options
 from cocosctl.output import Output
 from cocosnet.config import Config, check_trainable, config_to_dict, config_to_yaml, load_config
+from cocosnet.errors import ConfigError
 
 SECONDS_BETWEEN_LINES = 10.0
 _TOLD_APART = (  # what the status line has in words of its own
@@ -49,30 +50,46 @@ def train(
     flags = [f"train.{key}={value}" for key, value in named.items() if value is not None]
     resolved = load_config(config, (overrides or []) + flags)
     check_trainable(resolved)
-    if dry_run:
-        _describe(resolved, device, out)
-        return
+    with _memory_named():
+        if dry_run:
+            _describe(resolved, device, out)
+        else:
+            _train(resolved, data, output, device, resume, out)
+
+
+def _train(config: Config, data: Path, output: Path, device: str, resume: str, out: Output) -> None:
+    """The run. Tells of its steps: of each as JSON on stdout where asked for, else now and then in a line on stderr."""
     from cocosnet.checkpoint import resolve_device
     from cocosnet.train.trainer import Trainer
 
-    trainer = Trainer(resolved, data, output, resolve_device(device), on_tick=_Ticker(out), resume=resume)
+    tell = (lambda tick: out.row(tick, "")) if out.as_json else lambda tick: out.note(_status(tick))
+    trainer = Trainer(
+        config,
+        data,
+        output,
+        resolve_device(device),
+        on_tick=tell if out.as_json or not out.quiet else None,
+        tick_seconds=0.0 if out.as_json else SECONDS_BETWEEN_LINES,
+        resume=resume,
+    )
     model = trainer.train()
     if trainer.ranks.writes:
         out.row({"model": str(model)}, str(model))
 
 
-class _Ticker:
-    """Tells of the steps: each as JSON on stdout where asked for, otherwise now and then a line on stderr."""
+@contextlib.contextmanager
+def _memory_named() -> Iterator[None]:
+    """A GPU that is too small is told of with what there is to do about it."""
+    import torch
 
-    def __init__(self, out: Output) -> None:
-        self.out, self.told = out, -math.inf
-
-    def __call__(self, tick: dict[str, Any]) -> None:
-        if self.out.as_json:
-            self.out.row(tick, "")
-        elif time.monotonic() - self.told > SECONDS_BETWEEN_LINES or tick["images"] >= tick["of"]:
-            self.told = time.monotonic()
-            self.out.note(_status(tick))
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = ". ".join(" ".join(str(error).split()).split(". ")[:2]).rstrip(".")
+        raise ConfigError(
+            f"{reason}; raise train.accumulate, set train.checkpointing=true and model.matching.checkpoint=true, or "
+            "lower data.size"
+        ) from error
 
 
 def _status(tick: dict[str, Any]) -> str:

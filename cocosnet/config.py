@@ -225,6 +225,10 @@ class TrainConfig:
     val_pairs: int = 64  # held-out pairs that a validation looks at
     val_metric: str = "swd"  # what decides which model is kept as best: swd, or fid (needs its weights; many pairs)
 
+    def at_once(self, processes: int) -> int:
+        """Pictures that each of so many processes has in the networks at once."""
+        return math.ceil(math.ceil(self.batch / processes) / self.accumulate)
+
 
 @dataclass(frozen=True)
 class Config:

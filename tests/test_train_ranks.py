@@ -15,7 +15,7 @@ import pytest
 import torch
 from train_tools import prepared_folder, steps_by
 
-from cocosnet.errors import ConfigError
+from cocosnet.errors import ConfigError, MissingDependency
 from cocosnet.groups import own_device
 from cocosnet.train.distributed import Ranks
 
@@ -154,6 +154,12 @@ def test_every_process_takes_its_own_gpu(monkeypatch):
     assert own_device(torch.device("cuda")) == torch.device("cuda", 3)
     assert own_device(torch.device("cuda:1")) == torch.device("cuda", 1)
     assert own_device(torch.device("cpu")) == torch.device("cpu")
+
+
+def test_more_processes_than_gpus_are_told_so(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    with pytest.raises(MissingDependency, match="process 99 of this node .* has no GPU"):
+        Ranks.join(torch.device("cuda"), 4)
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(monkeypatch):

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
 from train_tools import prepared_folder, tiny
 
 from cocosctl.app import run
-from cocosctl.train import _status
+from cocosctl.train import _memory_named, _status
 from cocosnet.checkpoint import read_metadata
 from cocosnet.config import PRESET_FOLDER, LossConfig, load_config, preset_names
+from cocosnet.data.dataset import PairDataset
+from cocosnet.data.records import MANIFEST_NAME
 from cocosnet.errors import CheckpointError, ConfigError
 from cocosnet.train.estimate import estimate
+from cocosnet.train.networks import build_networks
 from cocosnet.train.runlog import TensorBoard
 from cocosnet.train.trainer import Trainer
-from cocosnet.train.validation import copied
+from cocosnet.train.validation import copied, validate
 
 PAPER = {
     "deepfashion-512": ("pose", 512),
@@ -36,7 +40,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def watched(data, tmp_path_factory):
     run, ticks = tmp_path_factory.mktemp("watched"), []
-    config = tiny("train.val_images=4", "train.val_pairs=4", "train.level_warmup=4", "train.precision=bf16")
+    config = tiny("train.val_images=4", "train.val_pairs=4", "train.level_warmup=1", "train.precision=bf16")
     Trainer(config, data, run, "cpu", ticks.append).train()
     return run, ticks
 
@@ -149,6 +153,53 @@ def test_the_status_line_says_what_one_looks_for(watched):
     ):
         assert part in line, part
     assert "\n" not in line
+
+
+def test_ticks_come_as_often_as_asked_for_and_after_the_last_step(data, tmp_path):
+    ticks = []
+    trainer = Trainer(tiny("train.log_images=8"), data, tmp_path, "cpu", ticks.append, tick_seconds=3600)
+    trainer.train()
+    assert [tick["images"] for tick in ticks] == [2, 8]
+    line = json.loads((tmp_path / "stats.jsonl").read_text().splitlines()[-1])
+    assert ticks[-1]["data_wait"] == pytest.approx(line["data_wait"], rel=1e-4) and line["data_wait"] > 0
+
+
+def test_a_gpu_that_is_too_small_is_a_line_with_what_to_do():
+    said = (
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which\n 1 is free."
+    )
+    with pytest.raises(ConfigError, match="^CUDA out of memory. Tried to allocate 2.00 GiB; raise train.accumulate,"):
+        with _memory_named():
+            raise torch.OutOfMemoryError(said)
+
+
+def test_the_averaged_model_matches_the_levels_that_have_entered(data, tmp_path):
+    """Grids, validation and the best model are its; the other levels are not trained yet."""
+    trainer = Trainer(tiny("train.level_warmup=100", "train.images=2"), data, tmp_path, "cpu")
+    trainer.train()
+    batch = trainer.batches[0]
+    out = trainer.ema.settled()(batch.condition, batch.exemplar)
+    assert torch.equal(out.matches[2].positions[..., ::4, ::4], 4 * out.matches[0].positions)
+
+
+def test_the_best_of_fewer_levels_is_not_the_best_any_more(data, tmp_path):
+    """It would be used with all levels. Here it is ahead by a little."""
+    settings = "train.val_images=4", "train.val_pairs=4", "train.level_warmup=4", "train.precision=bf16"
+    Trainer(tiny(*settings), data, tmp_path, "cpu").train()
+    assert read_metadata(tmp_path / "best.safetensors")["cocosctl.images"] == "8"
+
+
+def test_a_pair_without_exemplar_and_single_pictures_leave_nothing_unmeasured(tmp_path):
+    folder = prepared_folder(tmp_path, count=6, held_out=4)
+    manifest = folder / MANIFEST_NAME
+    records = [json.loads(line) for line in manifest.read_text().splitlines()]
+    del records[-1]["exemplar"], records[-1]["exemplar_condition"]
+    manifest.write_text("".join(json.dumps(record) + "\n" for record in records))
+    pairs, config = PairDataset(folder, tiny(), split="val"), tiny("train.batch=1")
+    model = build_networks(config, torch.device("cpu"), torch.float32).model.eval()
+    for at_once in (1, 4):
+        values = validate(model, pairs, config, torch.device("cpu"), at_once)
+        assert all(math.isfinite(value) for value in values.values()), values
 
 
 def test_the_watch_on_copying_tells_a_copy_from_the_truth():

@@ -32,7 +32,7 @@ def estimate(config: Config, device: torch.device) -> dict[str, Any]:
     level grows with the square of the pixels, the rest in proportion; the scaling is in proportion.
     """
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    at_once = max(1, config.train.batch // processes // config.train.accumulate)
+    at_once = config.train.at_once(processes)
     size = config.data.size if device.type == "cuda" else min(config.data.size, CPU_SIZE)
     networks = _networks(config, device)
     fixed = _fixed_bytes(networks)
@@ -75,6 +75,7 @@ def _try(networks: Networks, config: Config, size: int, device: torch.device) ->
             return tensor
 
         if device.type == "cuda":
+            optimizers[0].zero_grad(set_to_none=True)  # as the step does: their place counts as free
             torch.cuda.reset_peak_memory_stats(device)
         held, since = _allocated(device), time.perf_counter()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

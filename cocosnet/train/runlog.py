@@ -96,11 +96,14 @@ class Averages:
 
     def take(self) -> dict[str, float]:
         """The means; start afresh. A name that had no value is left out."""
-        means = {
-            name: float(total / self._counts[name]) for name, total in self._sums.items() if self._counts[name] > 0
-        }
+        means = fetch({name: total / self._counts[name] for name, total in self._sums.items()})
         self._sums, self._counts = {}, {}
-        return means
+        return {name: mean for name, mean in means.items() if not math.isnan(mean)}
+
+
+def fetch(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Named scalars of one device as numbers, fetched from it at once rather than one by one."""
+    return dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist())) if values else {}
 
 
 def memory_mib(device: torch.device) -> float:

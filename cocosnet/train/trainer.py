@@ -33,7 +33,7 @@ from cocosnet.train.batches import Answers, Batch, StepBatches, make_sample, sta
 from cocosnet.train.distributed import Ranks
 from cocosnet.train.ema import Ema
 from cocosnet.train.networks import build_networks, speed_up
-from cocosnet.train.runlog import Averages, RunLog, TensorBoard, memory_mib
+from cocosnet.train.runlog import Averages, RunLog, TensorBoard, fetch, memory_mib
 from cocosnet.train.samples import sample_grid
 from cocosnet.train.state import (
     check_same_run,
@@ -63,7 +63,8 @@ class Trainer:
 
     resume: "auto" goes on from the newest state of the run folder that can be read, and starts where there is none;
     "never" refuses a folder that has one; anything else is the file of a state to go on from.
-    on_tick is called after every step with a dict: images, of, seconds (of this process), images_per_second,
+    on_tick is called after a step, where tick_seconds have gone by since it last was, and after the last step, with a
+    dict: images, of, seconds (of this process), images_per_second,
     seconds_left, lr_g, lr_d, memory_mib, data_wait (share of the time since the last log line that went by waiting for
     data), and the last step's losses and measures as floats (those that have a value).
 
@@ -84,6 +85,7 @@ class Trainer:
         device: str | torch.device = "auto",
         on_tick: Callable[[dict[str, Any]], None] | None = None,
         resume: str | Path = "auto",
+        tick_seconds: float = 0.0,
     ):
         check_trainable(config)
         self.config = config = as_prepared(data_folder, config)
@@ -91,7 +93,7 @@ class Trainer:
         self.ranks = Ranks.join(resolve_device(device), config.train.batch)
         self.device = self.ranks.device
         self.stepping = Stepping(config.train.accumulate, config.train.clip)
-        self.on_tick = on_tick if on_tick and self.ranks.writes else lambda tick: None
+        self.on_tick, self.tick_seconds, self._ticked = on_tick if self.ranks.writes else None, tick_seconds, -math.inf
         self.batches = StepBatches(PairDataset(data_folder, config, split="train"), config, self.ranks.share)
         self.held_out = PairDataset(data_folder, config, split="val")
         precision = pick_precision(config.train.precision, self.device)
@@ -233,7 +235,7 @@ class Trainer:
             with self.networks.autocast():  # the networks alone: measures are float32
                 return model(*inputs)
 
-        values = validate(run, self.held_out, self.config, self.device)
+        values = validate(run, self.held_out, self.config, self.device, train.at_once(self.ranks.size))
         self._log(values)
         value = values[f"val_{train.val_metric}"]
         if value < self.best:
@@ -256,10 +258,19 @@ class Trainer:
         return Path(self.resume), state
 
     def _warm_up(self) -> None:
-        """Match one level more after every `train.level_warmup` images."""
-        warmup, model = self.config.train.level_warmup, self.networks.model
-        if warmup and hasattr(model, "hierarchy"):
-            model.hierarchy.depth = min(1 + self.images // warmup, len(model.hierarchy.projections))
+        """Match one level more after every `train.level_warmup` images, in the averaged model too.
+
+        One that was the best with fewer levels was not measured as it will be used, so it is best no more.
+        """
+        warmup, before = self.config.train.level_warmup, self.images - self.config.train.batch
+        if not warmup or not hasattr(self.networks.model, "hierarchy"):
+            return
+        levels = len(self.networks.model.hierarchy.projections)
+        depth = min(1 + self.images // warmup, levels)
+        for model in (self.networks.model, self.ema.network):
+            model.hierarchy.depth = depth
+        if self.images and depth > 1 + before // warmup:
+            self.best = math.inf
 
     def _timed(self, batches: Iterator[Batch | CocosError]) -> Iterator[Batch | CocosError]:
         """The same batches; counts the seconds spent waiting for them."""
@@ -305,7 +316,14 @@ class Trainer:
             self.ranks.write(self.validate)
         if self._due(train.save_images):
             self.save()
-        self.on_tick(self._tick())
+        self._tell()
+
+    def _tell(self) -> None:
+        """Call on_tick where it is time. What it says has to be fetched from the device, so it is not made in vain."""
+        now, over = time.monotonic(), self.images >= self.config.train.images
+        if self.on_tick is not None and (over or now - self._ticked >= self.tick_seconds):
+            self._ticked = now
+            self.on_tick(self._tick())
 
     def _log(self, values: dict[str, float]) -> None:
         self.log.write(self.images, values)
@@ -318,11 +336,12 @@ class Trainer:
     def _stats(self) -> dict[str, float]:
         """What has happened since the last log line."""
         (images, since), now = self._logged, time.monotonic()
+        self._wait_share = self._waited / max(now - since, 1e-9)
         stats = {
             **self.averages.take(),
             **self._rates(),
             "images_per_second": (self.images - images) / max(now - since, 1e-9),
-            "data_wait": self._waited / max(now - since, 1e-9),
+            "data_wait": self._wait_share,
             "seconds": now - self._started[1],
         }
         self._logged, self._waited = (self.images, now), 0.0
@@ -335,6 +354,7 @@ class Trainer:
 
     def _tick(self) -> dict[str, Any]:
         (images, since), now = self._started, time.monotonic()
+        logged_now = self._logged[0] == self.images  # then the time since the log line before is meant
         speed = (self.images - images) / max(now - since, 1e-9)
         return {
             "images": self.images,
@@ -342,9 +362,9 @@ class Trainer:
             "seconds": now - since,
             "images_per_second": speed,
             "seconds_left": max(self.config.train.images - self.images, 0) / max(speed, 1e-9),
-            "data_wait": self._waited / max(now - self._logged[1], 1e-9),
+            "data_wait": self._wait_share if logged_now else self._waited / max(now - self._logged[1], 1e-9),
             **self._rates(),
-            **{name: float(value) for name, value in self._last.items() if not torch.isnan(value)},
+            **{name: value for name, value in fetch(self._last).items() if not math.isnan(value)},
         }
 
     def _count_skips(self, applied: bool) -> None:

@@ -22,9 +22,11 @@ STRUCTURE = 64  # px, size at which the outlines of two pictures are compared, s
 
 @torch.no_grad()
 def validate(
-    model: Callable[..., Output], pairs: PairDataset, config: Config, device: torch.device
+    model: Callable[..., Output], pairs: PairDataset, config: Config, device: torch.device, at_once: int
 ) -> dict[str, float]:
     """Measure `model` (called as one, in evaluation mode) on the first `train.val_pairs` pairs, always alike.
+
+    at_once: pairs that it is given in one call; at least 2, so that there is another exemplar for `val_heed`.
 
     Returns, by name (NaN where there is nothing to measure it on):
         val_warp_psnr: dB, the finest warp of a pseudo exemplar against x_B.
@@ -38,13 +40,14 @@ def validate(
     """
     metric = get_metric(config.train.val_metric, device=str(device), seed=config.train.seed)
     errors, unmoved, copies, heeds = [], [], [], []
-    for pseudo, real in _batches(pairs, config):
+    for pseudo, real in _batches(pairs, config, max(at_once, 2)):
         pseudo, real = pseudo.to(device), real.to(device)
         out = model(pseudo.condition, pseudo.exemplar, pseudo.exemplar_condition)
         if out.warps:
             errors.append(_errors(out.warps[-1], pseudo))
             unmoved.append(_errors(pseudo.exemplar, pseudo))
-        if not real.pseudo.any():
+        real = _with_exemplars(real)
+        if len(real.pseudo):
             image = model(real.condition, real.exemplar, real.exemplar_condition).image.float()
             metric.update(_pixels(image), _pixels(real.image))
             copies.append(copied(image, real.image, real.exemplar))
@@ -71,9 +74,9 @@ def copied(image: Tensor, target: Tensor, exemplar: Tensor) -> Tensor:
     return (_correlation(ours, theirs) - by_chance) / (1 - by_chance).clamp(min=1e-3)
 
 
-def _batches(pairs: PairDataset, config: Config) -> Iterator[tuple[Batch, Batch]]:
+def _batches(pairs: PairDataset, config: Config, size: int) -> Iterator[tuple[Batch, Batch]]:
     """Each held-out pair twice: with a pseudo exemplar, and with its own exemplar (a pseudo one if it has none)."""
-    count, size = min(config.train.val_pairs, len(pairs)), config.train.batch
+    count = min(config.train.val_pairs, len(pairs))
     for start in range(0, count, size):
         chosen = [pairs[index] for index in range(start, min(start + size, count))]
         yield tuple(
@@ -85,6 +88,11 @@ def _batches(pairs: PairDataset, config: Config) -> Iterator[tuple[Batch, Batch]
             )
             for pseudo in (True, False)
         )
+
+
+def _with_exemplars(batch: Batch) -> Batch:
+    """The samples of a batch whose exemplar is another picture."""
+    return Batch(**{name: value[batch.pseudo == 0] for name, value in vars(batch).items()})
 
 
 def _heed(model: Callable[..., Output], batch: Batch, image: Tensor) -> Tensor:
