@@ -16,7 +16,7 @@ from cocosnet.checkpoint import read_metadata
 from cocosnet.config import PRESET_FOLDER, LossConfig, load_config, preset_names
 from cocosnet.data.dataset import PairDataset
 from cocosnet.data.records import MANIFEST_NAME
-from cocosnet.errors import CheckpointError, ConfigError
+from cocosnet.errors import CheckpointError, ConfigError, OutputError
 from cocosnet.train.estimate import estimate
 from cocosnet.train.networks import build_networks
 from cocosnet.train.runlog import TensorBoard
@@ -254,9 +254,26 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
 
     board = TensorBoard(tmp_path)
     board.write(4, {"total": 1.5, "warp_psnr": float("nan")})
-    board.picture(4, torch.zeros(3, 8, 8))
-    board.close()
+    board.picture(4, torch.zeros(3, 8, 8))  # seen at once, before the board is closed
     read = EventAccumulator(str(tmp_path))
     read.Reload()
     assert [(event.step, event.value) for event in read.Scalars("total")] == [(4, 1.5)]
     assert read.Tags()["scalars"] == ["total"] and read.Tags()["images"] == ["samples"]
+    board.close()
+
+
+def test_tensorboard_hides_what_is_done_again_and_says_where_it_cannot_write(data, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for images in (4, 8):  # the second run goes on, and its first one was killed a step later than its state
+        Trainer(tiny(f"train.images={images}", "train.tensorboard=true"), data, tmp_path, "cpu").train()
+        lost = TensorBoard(tmp_path / "tensorboard", images)
+        lost.write(images + 2, {"total": -1.0})
+        lost.close()
+    read = EventAccumulator(str(tmp_path / "tensorboard"))
+    read.Reload()
+    assert [event.step for event in read.Scalars("total")] == [2, 4, 6, 8, 10]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file: cannot write"):
+        TensorBoard(tmp_path / "file")

@@ -198,10 +198,5 @@ def warp_error(warp: Tensor, batch: Batch, pseudo: Tensor) -> Tensor:
 
 
 def psnr(error: Tensor) -> Tensor:
-    """Mean squared error of pictures in [-1, 1] to dB."""
+    """Mean squared error of pictures in [-1, 1] to dB (range 2); NaN stays NaN."""
     return 10 * torch.log10(4 / error)
-
-
-def warp_psnr(warp: Tensor, batch: Batch) -> Tensor:
-    """PSNR in dB (range 2) of the finest warp against x_B over the samples with a pseudo exemplar; NaN without any."""
-    return psnr(warp_error(warp, batch, batch.pseudo.mean()))

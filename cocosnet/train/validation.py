@@ -14,7 +14,7 @@ from cocosnet.data.dataset import PairDataset
 from cocosnet.metrics.registry import get_metric
 from cocosnet.model.cocosnet import Output
 from cocosnet.train.batches import Batch, make_sample, stack, step_generator
-from cocosnet.train.steps import warp_error
+from cocosnet.train.steps import psnr, warp_error
 
 STREAM = 3  # of random numbers, see batches.step_generator
 STRUCTURE = 64  # px, size at which the outlines of two pictures are compared, so that a shift of a pixel is forgiven
@@ -138,4 +138,4 @@ def _mean(values: list[Tensor]) -> float:
 
 
 def _decibel(error: float) -> float:
-    return 10 * math.log10(4 / error) if error > 0 else math.nan
+    return float(psnr(torch.tensor(error))) if error > 0 else math.nan
