@@ -433,6 +433,7 @@ def _check(config: Config) -> None:
     for name in ("level_warmup", "clip", "val_images", "adv_start", "workers", "ema_images", "seed"):
         value = getattr(config.train, name)
         _require(value >= 0, f"train.{name} must not be negative, is {value}")
+    _require(config.train.seed < 2**63, f"train.seed must be below 2^63, is {config.train.seed}")
     for name in ("beta1", "beta2"):
         value = getattr(config.train, name)
         _require(0 <= value < 1, f"train.{name} must be at least 0 and below 1, is {value}")

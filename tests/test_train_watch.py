@@ -66,7 +66,14 @@ def test_a_setting_that_cannot_be_is_refused_by_name(wrong):
 @pytest.mark.parametrize(
     "wrong",
     [
-        *("train.images=.inf", "train.lr_g=.nan", "train.seed=-1", "train.beta1=1", "train.ema_images=-5"),
+        *(
+            "train.images=.inf",
+            "train.lr_g=.nan",
+            "train.seed=-1",
+            "train.seed=1e30",
+            "train.beta1=1",
+            "train.ema_images=-5",
+        ),
         *("model.matching.iterations=0", "model.discriminator.layers=0", "model.translator.widths=[]"),
         *("model.encoder.widths=[8, 0, 8]", "data.size=30"),
     ],
