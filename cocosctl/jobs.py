@@ -60,10 +60,16 @@ def own_device(device: str) -> str:
 
     Raises MissingDependency where it is not there.
     """
+    import torch
+
     from cocosnet import groups
     from cocosnet.checkpoint import resolve_device
 
-    return str(groups.own_device(resolve_device(device)))
+    if device == "cuda":  # before anything is put on it: all processes would start on the first GPU
+        device = str(groups.own_device(torch.device(device)))
+    own = groups.own_device(resolve_device(device))
+    groups.check_own_gpu(own)
+    return str(own)
 
 
 def check_form(condition: Path | None, exemplar: Path | None, manifest: str | None) -> None:

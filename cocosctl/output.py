@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ class Output:
         self.mute = not speaks()
         self.as_json, self.quiet = as_json, quiet or self.mute
         self.verbose = verbose and not self.quiet
+        logging.getLogger("cocosnet").handlers = [_Warnings(self)]
 
     def record(self, record: Record, role: str = "output") -> None:
         """Send one record on: as JSON, or as the path of its `role`. A failed one is also told on stderr."""
@@ -93,6 +95,18 @@ class Output:
                 bar.update(item, rate=f"{bar.tasks[item].speed or 0:.1f}/s")
 
             yield advance
+
+
+class _Warnings(logging.Handler):
+    """What the library warns of, said as the command says everything; without it Python would print it bare."""
+
+    def __init__(self, out: Output) -> None:
+        super().__init__(logging.WARNING)
+        self.out = out
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say it, unless quiet."""
+        self.out.note(f"warning: {record.getMessage()}")
 
 
 def say(text: str) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from cocosctl import options
+from cocosctl.jobs import own_device
 from cocosctl.output import Output
 from cocosnet.config import Config, check_trainable, config_to_dict, config_to_yaml, load_config
 from cocosnet.errors import ConfigError
@@ -59,7 +60,6 @@ def train(
 
 def _train(config: Config, data: Path, output: Path, device: str, resume: str, out: Output) -> None:
     """The run. Tells of its steps: of each as JSON on stdout where asked for, else now and then in a line on stderr."""
-    from cocosnet.checkpoint import resolve_device
     from cocosnet.train.trainer import Trainer
 
     tell = (lambda tick: out.row(tick, "")) if out.as_json else lambda tick: out.note(_status(tick))
@@ -67,7 +67,7 @@ def _train(config: Config, data: Path, output: Path, device: str, resume: str, o
         config,
         data,
         output,
-        resolve_device(device),
+        own_device(device),
         on_tick=tell if out.as_json or not out.quiet else None,
         tick_seconds=0.0 if out.as_json else SECONDS_BETWEEN_LINES,
         resume=resume,
@@ -110,10 +110,11 @@ def _status(tick: dict[str, Any]) -> str:
 
 def _describe(config: Config, device: str, out: Output) -> None:
     """The resolved config to stdout, and sizes, memory and time: in the same object with --json, else on stderr."""
-    from cocosnet.checkpoint import resolve_device
+    import torch
+
     from cocosnet.train.estimate import estimate
 
-    counts, needs = _parameter_counts(config), estimate(config, resolve_device(device))
+    counts, needs = _parameter_counts(config), estimate(config, torch.device(own_device(device)))
     values = {"config": config_to_dict(config), "parameters": counts, "estimate": needs}
     out.row(values, config_to_yaml(config).rstrip())
     if not out.as_json:

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from cocosnet import __version__
 from cocosnet.checkpoint import CONFIG_KEY, find_checkpoint, load_model, load_tensors, read_checkpoint
@@ -31,6 +30,7 @@ from cocosnet.errors import CocosError, ConfigError, DataError, MissingDependenc
 from cocosnet.files import atomic_path
 from cocosnet.inference import MIN_SIDE
 from cocosnet.model.build import Model, build_model
+from cocosnet.model.layers import fold_spectral_norms
 from cocosnet.weights import packed_file
 
 FORMATS = {".pt2": "torch.export", ".onnx": "onnx"}
@@ -148,9 +148,7 @@ def load_plain(weights: str | Path) -> Model:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, matching=matching))
     model = build_model(config)
     load_tensors(model, path)
-    for module in model.eval().requires_grad_(False).modules():
-        if parametrize.is_parametrized(module, "weight"):
-            parametrize.remove_parametrizations(module, "weight")
+    fold_spectral_norms(model.eval().requires_grad_(False))
     return model
 
 

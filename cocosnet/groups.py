@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cocosnet.errors import CocosError
+from cocosnet.errors import CocosError, MissingDependency
 from cocosnet.launcher import place
 
 GRACE = 0.05  # s; the worker threads need microseconds
@@ -39,6 +39,16 @@ def own_device(device: torch.device) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return device
+
+
+def check_own_gpu(device: torch.device) -> None:
+    """Raises MissingDependency where this node has no GPU of that number."""
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and device.index >= count:
+        raise MissingDependency(
+            f"process {device.index} of this node (LOCAL_RANK, from 0) has no GPU, there are {count}; "
+            "start as many processes a node as it has GPUs, or use --device cpu"
+        )
 
 
 def everyone(item: Any) -> list[Any]:

@@ -297,6 +297,36 @@ def test_where_triton_cannot_start_the_reference_runs_and_says_so_once(tmp_path)
     assert done.returncode == 0 and done.stderr.count("Triton does not load") == 1, done.stderr
 
 
+@pytest.mark.parametrize("backend", ["compiled", "triton"])
+@pytest.mark.parametrize("broken", ["refinement", "features"])
+def test_numbers_that_blew_up_end_in_gradients_that_say_so(backend, broken):
+    """The trainer sees them and skips the step, where a crash would end the run."""
+    program = """if True:
+        import sys, torch
+        from cocosnet.config import MatchingConfig
+        from cocosnet.model.hierarchy import Hierarchy
+        backend, broken = sys.argv[1:]
+        matcher = Hierarchy((4, 4), MatchingConfig(channels=4, candidates=3, iterations=2, hidden=8, backend=backend))
+        for start in ("best", "wide"):
+            matcher.fine[0].start = start
+            x, y = ([torch.randn(1, 4, 3 * n, 4 * n) for n in (1, 2)] for _ in range(2))
+            if broken == "features":
+                x[1], y[1][..., 0] = x[1] * torch.nan, torch.nan
+            else:
+                torch.nn.init.constant_(matcher.fine[0].refinement.head[-1].bias, torch.nan)
+            exemplar = torch.rand(1, 3, 6, 8)
+            matcher.zero_grad()
+            sum(warp.sum() for level in matcher.train()(x, y, exemplar) for warp in level.warps).backward()
+            assert any(p.grad is not None and p.grad.isnan().any() for p in matcher.parameters())
+            with torch.no_grad():
+                matcher.eval()(x, y, exemplar)"""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, backend, broken], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+
+
 PEAK = """
 import resource, sys, torch
 from cocosnet.config import MatchingConfig

@@ -240,7 +240,14 @@ def _clamped(vector, size):
 
 @njit
 def _similarity(fx, at, fy, image, limits, y, x, blocks):
-    """Cosine of fx[at : at + P] and fy(image, y, x), bilinear; (y, x) inside the map."""
+    """Cosine of fx[at : at + P] and fy(image, y, x), bilinear; (y, x) inside the map. NaN, which has no rank: EMPTY."""
+    score = _cosine(fx, at, fy, image, limits, y, x, blocks)
+    return score if score == score else EMPTY
+
+
+@njit
+def _cosine(fx, at, fy, image, limits, y, x, blocks):
+    """`_similarity`, NaN as it comes."""
     row, column, step = int(y), int(x), LANES * len(blocks)
     v, u = y - np.float32(row), x - np.float32(column)
     place = ((image * limits[0] + row) * limits[1] + column) * step
@@ -705,8 +712,8 @@ def _warp(exemplar, field, scores, shape, limits, channels, temperature, result)
 
 @njit(inline="always")
 def _corners(value, size):
-    """The two pixels around a coordinate inside [0, size-1], and the second one's weight."""
-    low = min(int(value), max(size - 2, 0))
+    """The two pixels around a coordinate inside [0, size-1], and the second one's weight; NaN lies at the first two."""
+    low = max(min(int(value), size - 2), 0)
     return low, min(low + 1, size - 1), np.float32(value - low)
 
 

@@ -164,8 +164,8 @@ def _pixel(y, x, columns):
 
 @triton.jit
 def _corners(value, size):
-    """The two pixels around a coordinate inside [0, size-1], and the second one's weight."""
-    low = tl.minimum(value.to(tl.int32), tl.maximum(size - 2, 0))
+    """The two pixels around a coordinate inside [0, size-1], and the second one's weight; NaN lies at the first two."""
+    low = tl.maximum(tl.minimum(value.to(tl.int32), size - 2), 0)
     return low, tl.minimum(low + 1, size - 1), value - low.to(tl.float32)
 
 
@@ -185,7 +185,7 @@ def _length(y):
 
 @triton.jit
 def _cosine(x, fy, image, y_at, x_at, rows, columns, channels, channel, valid):
-    """Cosine of x and fy(y, x), bilinear, of P pixels."""
+    """Cosine of x and fy(y, x), bilinear, of P pixels; one that is no number, and could not be ranked, is -inf."""
     y0, y1, v = _corners(y_at, rows)
     x0, x1, u = _corners(x_at, columns)
     # At whole positions, which is most of them without refinement, three of the corners weigh nothing: not read.
@@ -194,7 +194,8 @@ def _cosine(x, fy, image, y_at, x_at, rows, columns, channels, channel, valid):
     y += ((1 - v) * u)[:, None] * _read(fy, image, y0, x1, rows, columns, channels, channel, across)
     y += (v * (1 - u))[:, None] * _read(fy, image, y1, x0, rows, columns, channels, channel, down)
     y += (v * u)[:, None] * _read(fy, image, y1, x1, rows, columns, channels, channel, across & down)
-    return tl.sum(x * y, 1) / _length(y)
+    score = tl.sum(x * y, 1) / _length(y)
+    return tl.where(score == score, score, float("-inf"))
 
 
 @triton.jit

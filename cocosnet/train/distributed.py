@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cocosnet.errors import CocosError, ConfigError, MissingDependency
-from cocosnet.groups import end_group, everyone, join_group, own_device
+from cocosnet.errors import CocosError, ConfigError
+from cocosnet.groups import check_own_gpu, end_group, everyone, join_group, own_device
 from cocosnet.launcher import place
 
 
@@ -39,11 +39,7 @@ class Ranks:
             raise ConfigError(f"train.batch={batch} must be a multiple of the {size} processes")
         device = own_device(device)
         if device.type == "cuda":
-            if device.index >= torch.cuda.device_count():
-                raise MissingDependency(
-                    f"process {device.index} of this node (LOCAL_RANK, from 0) has no GPU, there are "
-                    f"{torch.cuda.device_count()}; start as many processes a node as it has GPUs, or use --device cpu"
-                )
+            check_own_gpu(device)
             torch.cuda.set_device(device)
         join_group("nccl" if device.type == "cuda" else "gloo")
         return cls(rank, size, device)
