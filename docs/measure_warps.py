@@ -39,7 +39,7 @@ def sample(pairs: PairDataset, index: int, config: Config) -> Batch:
 
 def measure(model: torch.nn.Module, batch: Batch) -> dict[str, float]:
     """PSNR of every stage by its title."""
-    out = model(batch.condition, batch.exemplar, batch.exemplar_condition)
+    out = model(*batch.inputs)
     warps = {f"warp {warp.shape[-2]}x{warp.shape[-1]}": warp for warp in out.warps}
     stages = {"exemplar as it is": batch.exemplar, **warps, "output": out.image}
     return {title: against(picture.float(), batch.image) for title, picture in stages.items()}

@@ -192,7 +192,7 @@ def test_every_epoch_takes_every_picture_once_in_another_order(pairs):
 
 
 def test_shapes_ranges_and_the_share_of_pseudo_exemplars(pairs):
-    config = tiny("train.batch=5", "train.real_exemplars=0.3")
+    config = tiny("train.batch=5", "train.real_exemplars=0.3", "model.encoder.exemplar_condition=true")
     batches = [StepBatches(pairs, config)[step] for step in range(40)]
     share = torch.cat([batch.pseudo for batch in batches]).mean()
     assert 0.6 < share < 0.8
@@ -206,9 +206,21 @@ def test_shapes_ranges_and_the_share_of_pseudo_exemplars(pairs):
 def test_a_pseudo_exemplar_is_the_picture_distorted_together_with_its_condition(pairs):
     item = dict(pairs[0])
     item["condition"] = item["image"][:1]  # so that the two can be compared afterwards
-    sample = make_sample(item, tiny(), pseudo=True, generator=step_generator(0, 0, 0))
+    config = tiny("model.encoder.exemplar_condition=true")
+    sample = make_sample(item, config, pseudo=True, generator=step_generator(0, 0, 0))
     torch.testing.assert_close(sample.exemplar[:, :1], sample.exemplar_condition)
     assert sample.pseudo == 1 and (sample.exemplar - sample.image).abs().mean() > 0.01
+
+
+@pytest.mark.parametrize("pseudo", [True, False])
+def test_a_model_that_does_not_see_the_exemplars_condition_is_not_sent_it_and_all_else_stays_the_same(pairs, pseudo):
+    sent, unsent = (
+        make_sample(pairs[0], tiny(*overrides), pseudo=pseudo, generator=step_generator(0, 0, 0))
+        for overrides in (("model.encoder.exemplar_condition=true",), ())
+    )
+    assert sent.inputs[2].shape[1] == 1 and unsent.inputs[2] is None and unsent.exemplar_condition.numel() == 0
+    for name in ("condition", "image", "exemplar", "pseudo", "field"):
+        assert torch.equal(getattr(sent, name), getattr(unsent, name)), name
 
 
 def test_a_pseudo_exemplar_takes_one_picture_alone(tmp_path):

@@ -26,8 +26,9 @@ _ORDER, _DRAW = 0, 1  # which stream of random numbers: the order of an epoch, o
 @dataclass
 class Batch:
     """One step's pictures, S x S each: condition x_A B,C,S,S in [0, 1]; image x_B and exemplar B,3,S,S in [-1, 1];
-    exemplar_condition B,C,S,S; pseudo B, 1 where the exemplar is a distorted x_B and 0 where it is another picture;
-    field B,2,S,S: a pseudo exemplar's pixel p shows x_B at field(p), (y, x) in px; 0 for another picture."""
+    exemplar_condition B,C,S,S, or B,0,S,S for a model that does not look at it; pseudo B, 1 where the exemplar is a
+    distorted x_B and 0 where it is another picture; field B,2,S,S: a pseudo exemplar's pixel p shows x_B at field(p),
+    (y, x) in px; 0 for another picture."""
 
     condition: Tensor
     image: Tensor
@@ -35,6 +36,11 @@ class Batch:
     exemplar_condition: Tensor
     pseudo: Tensor
     field: Tensor
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What a model is called with."""
+        return self.condition, self.exemplar, self.exemplar_condition if self.exemplar_condition.shape[1] else None
 
     def to(self, device: torch.device) -> Batch:
         """The same on `device`, pictures channels-last, which convolutions are quickest at."""
@@ -118,19 +124,20 @@ def make_sample(item: Mapping[str, Any], config: Config, *, pseudo: bool, genera
     A pseudo exemplar is x_B distorted, and its condition likewise. Raises DataError where a picture is too small.
     """
     channels = item["condition"].shape[0]
+    seen = channels if config.model.encoder.exemplar_condition else 0  # up to 151 channels are not moved for nothing
     own = _crop(torch.cat([item["condition"], item["image"]]), config.data.size, item["id"], generator)
     if pseudo or item.get("exemplar") is None:
-        (other,), field = distort(own[None], config.distortion, generator)
+        (other,), field = distort(own[None, channels - seen :], config.distortion, generator)
         pseudo = True
     else:
-        other = torch.cat([item["exemplar_condition"], item["exemplar"]])
+        other = torch.cat([item["exemplar_condition"][:seen], item["exemplar"]])
         other = _crop(other, config.data.size, item["id"], generator)
         field = own.new_zeros(1, 2, *own.shape[-2:])
     return Batch(
         condition=own[None, :channels],
         image=own[None, channels:],
-        exemplar=other[None, channels:],
-        exemplar_condition=other[None, :channels],
+        exemplar=other[None, seen:],
+        exemplar_condition=other[None, :seen],
         pseudo=torch.tensor([float(pseudo)]),
         field=field,
     )

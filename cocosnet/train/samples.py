@@ -20,7 +20,7 @@ def sample_grid(model: Model, batch: Batch) -> Tensor:
 
     `model` in evaluation mode. Returns 3,H,W in [-1, 1] on the CPU.
     """
-    out = model(batch.condition, batch.exemplar, batch.exemplar_condition)
+    out = model(*batch.inputs)
     size = batch.image.shape[-2:]
     warps = [F.interpolate(warp.float(), size=size, mode="nearest") for warp in out.warps]
     conditions = torch.stack([to_tensor(condition_image(condition)) for condition in batch.condition.cpu()])

@@ -121,7 +121,7 @@ def generator_losses(
     among processes or worked off in parts, it is the mean number that a part of this length has.
     """
     model = networks.model
-    out = model(batch.condition, batch.exemplar, batch.exemplar_condition)
+    out = model(*batch.inputs)
     parts = {}
     if out.warps:
         parts["align"] = align_loss(out.features_x, model.encode_image(batch.image, batch.condition))

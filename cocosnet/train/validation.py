@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
@@ -42,13 +43,13 @@ def validate(
     errors, unmoved, copies, heeds = [], [], [], []
     for pseudo, real in _batches(pairs, config, max(at_once, 2)):
         pseudo, real = pseudo.to(device), real.to(device)
-        out = model(pseudo.condition, pseudo.exemplar, pseudo.exemplar_condition)
+        out = model(*pseudo.inputs)
         if out.warps:
             errors.append(_errors(out.warps[-1], pseudo))
             unmoved.append(_errors(pseudo.exemplar, pseudo))
         real = _with_exemplars(real)
         if len(real.pseudo):
-            image = model(real.condition, real.exemplar, real.exemplar_condition).image.float()
+            image = model(*real.inputs).image.float()
             metric.update(_pixels(image), _pixels(real.image))
             copies.append(copied(image, real.image, real.exemplar))
             heeds.append(_heed(model, real, image))
@@ -99,9 +100,11 @@ def _heed(model: Callable[..., Output], batch: Batch, image: Tensor) -> Tensor:
     """Each condition with the next one's exemplar: by how much that changes its output. Returns B, or none alone."""
     if len(image) < 2:
         return image.new_zeros(0)
-    exemplar, condition = batch.exemplar.roll(1, 0), batch.exemplar_condition.roll(1, 0)
-    other = model(batch.condition, exemplar, condition).image.float()
-    changed, given = ((a - b).abs().mean((1, 2, 3)) for a, b in ((image, other), (batch.exemplar, exemplar)))
+    others = dataclasses.replace(
+        batch, exemplar=batch.exemplar.roll(1, 0), exemplar_condition=batch.exemplar_condition.roll(1, 0)
+    )
+    other = model(*others.inputs).image.float()
+    changed, given = ((a - b).abs().mean((1, 2, 3)) for a, b in ((image, other), (batch.exemplar, others.exemplar)))
     return changed / given.clamp(min=1e-3)
 
 
