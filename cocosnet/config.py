@@ -456,7 +456,7 @@ def _positive_values(config: Config) -> list[tuple[str, float]]:
         ("model.translator.code_size", model.translator.code_size),
         ("model.discriminator.width", model.discriminator.width),
         ("model.discriminator.layers", model.discriminator.layers),
-        ("model.discriminator.scales", model.discriminator.scales),
+        *([("model.discriminator.scales", model.discriminator.scales)] if matching.compat == "none" else []),
         ("model.matching.channels", matching.channels),
         ("model.matching.hidden", matching.hidden),
         ("model.matching.iterations", matching.iterations),

@@ -29,7 +29,7 @@ from cocosnet.files import atomic_path
 from cocosnet.model.build import Model
 from cocosnet.model.cocosnet import Output
 from cocosnet.model.layers import fold_spectral_norms
-from cocosnet.precision import autocast, layout_of, precision_of
+from cocosnet.precision import autocast, full_float32, layout_of, precision_of
 
 STAMP_KEY = "cocosctl.stamp"  # text chunk of a written PNG: what it was made of
 STAMP = {"made_of", "extractor", "condition_source"}  # keys of that JSON
@@ -177,7 +177,7 @@ class Translator:
         pair = self.load_pair(record)
         place = {"device": self.device, "memory_format": layout_of(self.model.config)}
         other = None if pair.exemplar_condition is None else pair.exemplar_condition.to(**place)
-        with autocast(self.precision, self.device):
+        with autocast(self.precision, self.device), full_float32():
             return pair, self.model(pair.condition.to(**place), pair.exemplar.to(**place), other)
 
     def _condition(self, path: str, raw: bool) -> tuple[Tensor, dict[str, Any]]:

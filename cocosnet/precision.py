@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from cocosnet.config import Config
@@ -29,6 +31,12 @@ def _quick_bf16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private, and absent from some versions
     return device.type == "cpu" and supported is not None and bool(supported())
+
+
+def full_float32() -> contextlib.AbstractContextManager:
+    """The context in which float32 convolutions on a GPU have all of their bits; by PyTorch's default they round to the
+    ten of TF32, which the release's arithmetic, and `fp32`, do not mean."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def autocast(precision: torch.dtype, device: torch.device) -> torch.autocast:

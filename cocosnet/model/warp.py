@@ -37,7 +37,7 @@ def of_axes(like: Tensor, y: float, x: float) -> Tensor:
 def clamp_positions(positions_BK2hw: Tensor, height: int, width: int) -> Tensor:
     """Move positions that left a map of `height` x `width` onto its border, and NaN to 0. Same shape and dtype."""
     limit = of_axes(positions_BK2hw, height - 1, width - 1)
-    return torch.minimum(torch.where(positions_BK2hw >= 0, positions_BK2hw, 0), limit)
+    return torch.minimum(torch.where(positions_BK2hw > 0, positions_BK2hw, 0), limit)
 
 
 def sample(map_BCHW: Tensor, positions_BK2hw: Tensor) -> Tensor:

@@ -208,15 +208,19 @@ class Trainer:
 
     def _rehearse(self) -> None:
         """Meet at once what would otherwise end the run at its first sample grid or validation."""
-        self._sample_batch()
+        if self._comes_to(self.config.train.sample_images):
+            self._sample_batch()
         if self._validates():
             get_metric(self.config.train.val_metric, device=str(self.device), seed=self.config.train.seed)
 
     def _validates(self) -> bool:
         """Whether this run will come to a validation."""
+        return len(self.held_out) > 0 and self._comes_to(self.config.train.val_images)
+
+    def _comes_to(self, images: int) -> bool:
+        """Whether this run is long enough for what is due every so many images; 0 is never."""
         train = self.config.train
-        last = -(-train.images // train.batch) * train.batch
-        return len(self.held_out) > 0 and 0 < train.val_images <= last
+        return 0 < images <= -(-train.images // train.batch) * train.batch
 
     def sample(self) -> None:
         """Write a grid of held-out pairs (of training pairs where none are held out) by the averaged model."""
