@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cocosnet.errors import CocosError, MissingDependency
+from cocosnet.errors import CocosError, ConfigError, MissingDependency
 from cocosnet.launcher import place
 
 GRACE = 0.05  # s; the worker threads need microseconds
@@ -27,10 +27,18 @@ def join_group(backend: str = "gloo", timeout: datetime.timedelta | None = None)
     Args:
         backend: gloo exchanges what lies in the CPU's memory, nccl what lies in the GPUs'.
         timeout: how long a process waits for another in an exchange; by default PyTorch's own.
+
+    Raises:
+        ConfigError: the environment names other processes, but not where they meet.
     """
     rank, size = place()
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group(backend, timeout=timeout)
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except ValueError as error:
+            raise ConfigError(
+                f"WORLD_SIZE={size}, but {error}; start the processes by torchrun, or unset it"
+            ) from error
     return rank, size
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cli_tools import run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -74,3 +75,9 @@ def test_a_failed_record_does_not_stop_the_others(capsys):
         "cocosctl: error: bad: bad.png: not a picture\\nat all",
         "cocosctl: error: before: failed earlier",
     ]
+
+
+def test_processes_that_cannot_meet_are_told_how_to_start():
+    done = run("translate", "-m", "demo", "-w", "demo", "-o", "out", "--dry-run", WORLD_SIZE="2", RANK="0")
+    assert done.returncode == 3 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "MASTER_ADDR" in done.stderr and "torchrun" in done.stderr

@@ -255,7 +255,7 @@ def read_list(path: Path) -> list[list[str]]:
         DataError: unreadable.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # names may hold other breaks
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{shown(path)}: cannot read this list ({error}); write one picture's path a line") from error
     return [[_plain(word) for word in re.split(r"[,\t]", line) if word.strip()] for line in lines if line.strip(" ,\t")]

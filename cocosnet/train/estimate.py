@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cocosnet.config import Config
+from cocosnet.launcher import place
 from cocosnet.losses.perceptual import SHAPES, Vgg
 from cocosnet.model.warp import pixel_grid
 from cocosnet.precision import pick_precision
@@ -31,7 +31,7 @@ def estimate(config: Config, device: torch.device) -> dict[str, Any]:
     for the weights, without the interpreter and without scratch memory, so a lower bound. Matching at the coarsest
     level grows with the square of the pixels, the rest in proportion; the scaling is in proportion.
     """
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = place()[1]
     at_once = config.train.at_once(processes)
     size = config.data.size if device.type == "cuda" else min(config.data.size, CPU_SIZE)
     networks = _networks(config, device)

@@ -113,7 +113,7 @@ def speed_up(networks: Networks, *, checkpointing: bool = False, compiled: bool 
     """Trade memory for time, or the time of the first steps for that of all others; no number changes but for rounding.
 
     checkpointing: SPADE blocks of encoders and translator, which hold most activations, are computed again in the
-    backward pass. compiled: `torch.compile` of all but matching, whose engines are compiled already.
+    backward pass. compiled: `torch.compile` of encoders, translator and discriminator; matching has compiled engines.
     """
     for module in networks.model.modules():
         if isinstance(module, SpadeBlock):
