@@ -66,8 +66,10 @@ def everyone(item: Any) -> list[Any]:
     return items
 
 
-def agree(work: Callable[[], Any]) -> Any:
+def agree(work: Callable[[], Any], some: Callable[[bool], bool] = lambda failed: True) -> Any:
     """What `work` returns in this process, once it is done in all.
+
+    some: whether some process says yes, where that can be asked for less than what was raised.
 
     Raises, in every process, the error of the first in which it failed, so that none waits for another in vain.
     """
@@ -76,7 +78,7 @@ def agree(work: Callable[[], Any]) -> Any:
         answer = work()
     except CocosError as error:
         failure = error
-    for error in everyone(failure):
+    for error in everyone(failure) if some(failure is not None) else ():
         if error is not None:
             raise error
     return answer

@@ -98,17 +98,18 @@ def test_a_signal_to_the_launcher_stops_both_processes_and_the_run_goes_on(data,
     assert '"resumed"' in (run / "stats.jsonl").read_text() and not (run / "stopped").exists()
 
 
+def start_two(command):
+    """The command twice, told who it is by the environment alone."""
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    options = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
+    return [subprocess.Popen(command, env=environment() | place | {"RANK": str(r)}, **options) for r in range(2)]
+
+
 def test_processes_that_the_scheduler_starts_end_with_75_together(data, tmp_path):
     """As `srun` does it: no launcher, one process told by SIGUSR1, both save at the same step and end with 75."""
-    run, port = tmp_path / "run", str(free_port())
+    run = tmp_path / "run"
     command = train_command(data, run, 1, "train.images=40000", "train.batch=4", "train.workers=1")
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    both = [
-        subprocess.Popen(
-            command, cwd=ROOT, env=environment() | place | {"RANK": str(r)}, stderr=subprocess.PIPE, text=True
-        )
-        for r in range(2)
-    ]
+    both = start_two(command)
     wait_for(run / "stats.jsonl")
     begun = time.monotonic()
     both[1].send_signal(signal.SIGUSR1)
@@ -120,17 +121,11 @@ def test_processes_that_the_scheduler_starts_end_with_75_together(data, tmp_path
 
 
 def test_a_damaged_picture_ends_all_processes_with_its_name_and_the_state_saved(tmp_path):
-    data, run, port = prepared_folder(tmp_path / "data"), tmp_path / "run", str(free_port())
+    data, run = prepared_folder(tmp_path / "data"), tmp_path / "run"
     damaged = data / "images" / "3.png"
     damaged.write_bytes(damaged.read_bytes()[:60])
     command = train_command(data, run, 1, "train.images=400", "train.batch=4", "train.workers=1")
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    both = [
-        subprocess.Popen(
-            command, cwd=ROOT, env=environment() | place | {"RANK": str(r)}, stderr=subprocess.PIPE, text=True
-        )
-        for r in range(2)
-    ]
+    both = start_two(command)
     errors = [process.communicate(timeout=90)[1] for process in both]
     assert [process.returncode for process in both] == [3, 3], errors
     assert all(text.count("\n") == 1 and str(damaged) in text for text in errors), errors

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cocosnet.errors import CocosError, ConfigError
-from cocosnet.groups import check_own_gpu, end_group, everyone, join_group, own_device
+from cocosnet.errors import ConfigError
+from cocosnet.groups import agree, check_own_gpu, end_group, everyone, join_group, own_device
 from cocosnet.launcher import place
 
 
@@ -79,13 +79,10 @@ class Ranks:
 
     def together(self, work: Callable[[], Any]) -> None:
         """Do `work`; all ranks must come here. A CocosError of some rank's is raised on every one, so none waits."""
-        failure = None
-        try:
+        if self.size == 1:
             work()
-        except CocosError as error:
-            failure = error
-        if self.any(failure is not None):
-            raise next(error for error in self.gather(failure) if error is not None)
+        else:
+            agree(work, self.any)
 
     def write(self, work: Callable[[], Any]) -> None:
         """Do `work` on the rank that writes; all must come here, and its CocosError is raised on every one."""
