@@ -1,8 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-# Small networks gain nothing from more threads, and tests start processes of their own.
+# Small networks gain nothing from more threads.
 export OMP_NUM_THREADS ?= 2
+# Tests run file by file in so many processes, each of one thread: most of them wait for one process that they start.
+TEST_PROCESSES ?= 2
 
 .PHONY: install demo test lint docs ablation clean
 
@@ -18,7 +20,7 @@ demo: install
 	@echo "The pictures are named above; demo-out/index.html shows them side by side."
 
 test: install
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check cocosctl cocosnet tests

@@ -1,20 +1,25 @@
-"""Seconds and peak memory of one whole translation: `python docs/measure_translation.py PRESET|release [HEIGHT WIDTH]`.
+"""Seconds and peak memory of whole translations, on a CPU or a GPU:
+`python docs/measure_translation.py PRESET|release [HEIGHT WIDTH] [--device cuda] [--repeats 5]`.
 
 `release` stands for networks of the authors' release's sizes in compatibility mode. Weights and pictures are random: no
-step's time depends on their values. A line on stdout; the first, smaller run, which compiles, does not count.
+step's time depends on their values. Runs that compile and warm up come before and do not count. A line for each
+repeat on stdout: the whole, then what its stages took; the parts' sum is less than the whole by resizing and cropping.
 """
 
 from __future__ import annotations
 
+import argparse
 import resource
-import sys
 import time
+from collections import Counter
 
 import torch
+from torch import Tensor, nn
 
 from cocosnet.config import Config, config_from_dict, load_config
 from cocosnet.model.build import build_model
-from cocosnet.precision import autocast, layout_of, precision_of
+from cocosnet.model.layers import fold_spectral_norms
+from cocosnet.precision import autocast, full_float32, layout_of, precision_of
 
 RELEASE = {
     "data": {"task": "pose", "size": 512},
@@ -25,31 +30,95 @@ RELEASE = {
         "discriminator": {"scales": 0},
     },
 }
+SMALL = 64  # px: a size at which a CPU compiles what it compiles, quickly
 
 
 @torch.inference_mode()
 def main() -> None:
     """Measure and print."""
-    name, *size = sys.argv[1:]
-    config = config_from_dict(RELEASE) if name == "release" else load_config(name)
-    height, width = map(int, size) if size else (config.data.size, config.data.size)
+    given = _arguments()
+    config = config_from_dict(RELEASE) if given.name == "release" else load_config(given.name)
+    height, width = given.size or (config.data.size, config.data.size)
+    device = torch.device(given.device)
+    model = prepared_model(config, device)
+    # A GPU's libraries choose their algorithms by size, so it is warmed up at the size that counts.
+    small = (SMALL, SMALL) if device.type == "cpu" else (height, width)
+    translate(model, config, *inputs(config, device, *small))
+    watch = Stopwatch(model, device)
+    for _ in range(given.repeats):
+        pair = inputs(config, device, height, width)
+        watch.stages.clear()
+        begin = watch.now()
+        translate(model, config, *pair)
+        seconds = watch.now() - begin
+        stages = ", ".join(f"{name} {took:.3f}" for name, took in watch.stages.items())
+        print(f"{given.name} {height}x{width}: {seconds:.3f} s ({stages}), {peak(device):.0f} MiB, {place(device)}")
+
+
+def prepared_model(config: Config, device: torch.device) -> nn.Module:
+    """The network with random weights as `cocosctl translate` would hold it."""
     torch.manual_seed(0)
-    model = build_model(config).eval().to(memory_format=layout_of(config))
-    translate(model, config, 64, 64)
-    begin = time.perf_counter()
-    translate(model, config, height, width)
-    seconds, peak = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"{name} {height}x{width}: {seconds:.1f} s, {peak:.0f} MiB, {torch.get_num_threads()} threads")
+    model = build_model(config).eval().to(device, memory_format=layout_of(config))
+    fold_spectral_norms(model)
+    return model
 
 
-def translate(model: torch.nn.Module, config: Config, height: int, width: int) -> None:
-    """One random pair through the model, in the type and layout that `cocosctl translate` takes."""
+def inputs(config: Config, device: torch.device, height: int, width: int) -> list[Tensor]:
+    """One random pair on the device: condition, exemplar, and the exemplar's condition where the model looks at it."""
     condition = torch.rand(1, config.data.condition_channels, height, width)
     exemplar, other = torch.rand(1, 3, height, width) * 2 - 1, torch.rand_like(condition)
-    inputs = [x.to(memory_format=layout_of(config)) for x in (condition, exemplar, other)]
-    device = torch.device("cpu")
-    with autocast(precision_of(config, device), device):
-        model(*inputs[:2], inputs[2] if config.model.encoder.exemplar_condition else None)
+    tensors = [condition, exemplar, *([other] if config.model.encoder.exemplar_condition else [])]
+    return [x.to(device, memory_format=layout_of(config)) for x in tensors]
+
+
+def translate(model: nn.Module, config: Config, *pair: Tensor) -> None:
+    """The pair through the model, in the type that `cocosctl translate` takes."""
+    device = pair[0].device
+    with autocast(precision_of(config, device), device), full_float32():
+        model(*pair)
+
+
+class Stopwatch:
+    """Seconds that each of a model's parts takes, in the order of their first call; it waits for a GPU's work."""
+
+    def __init__(self, model: nn.Module, device: torch.device):
+        self.device, self.stages, self._begun = device, Counter(), 0.0
+        for name, part in model.named_children():
+            part.register_forward_pre_hook(self._start)
+            part.register_forward_hook(lambda *_, name=name: self._stop(name))
+
+    def now(self) -> float:
+        """The time, when all work given to the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _start(self, *_: object) -> None:
+        self._begun = self.now()
+
+    def _stop(self, name: str) -> None:
+        self.stages[name] += self.now() - self._begun
+
+
+def peak(device: torch.device) -> float:
+    """MiB: the process's on a CPU, PyTorch's tensors' on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def place(device: torch.device) -> str:
+    """What did the work."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Seconds and peak memory of whole translations.")
+    parser.add_argument("name", help="a preset, or release")
+    parser.add_argument("size", nargs="*", type=int, help="HEIGHT WIDTH, px; the preset's own by default")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=1)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
