@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from cocosnet.config import Config, load_config
+from cocosnet.data.dataset import check_prepared
 from cocosnet.data.records import MANIFEST_NAME, Record, read_manifest, write_manifest
 from cocosnet.errors import CocosError, ConfigError, DataError
 from cocosnet.files import atomic_write, safe_name
@@ -116,8 +117,9 @@ def reproduce(
         values of the metrics that were run, "result": what `Evaluation.run` returned}]}
 
     Raises:
-        MissingWeights, MissingDependency: a metric cannot run here; found out before anything is trained.
-        DataError: nothing is held out, or nothing could be translated; and as `Trainer`.
+        MissingWeights, MissingDependency: a metric cannot run here. DataError: a folder does not fit its row's config,
+            or holds nothing out. Both are found out before anything is trained.
+        DataError: nothing could be translated; and as `Trainer`.
     """
     from cocosnet.checkpoint import resolve_device
     from cocosnet.metrics import get_metric
@@ -125,6 +127,9 @@ def reproduce(
     place = str(resolve_device(device))
     for name in dict.fromkeys(name for cell in cells for name in cell.metrics):
         get_metric(name, device=place)
+    for cell in cells:
+        check_prepared(cell.data, cell.config)
+        _held_out(cell)
     found = {"schema": SCHEMA, "table": table, "title": _tables()["tables"][table]["title"], "rows": []}
     for cell in cells:
         on_cell(f"{table}: {cell.title} on {cell.dataset}")
@@ -168,18 +173,23 @@ def _run(cell: Cell, device: str) -> dict[str, Any]:
     from cocosnet.metrics import Evaluation
     from cocosnet.train.trainer import Trainer
 
-    held_out = [record for record in read_manifest(cell.data) if record.extra.get("split") == "val"]
-    if not held_out:
-        raise DataError(f"{cell.data}: holds nothing out; prepare it again with data.val_fraction above 0")
     model = Trainer(cell.config, cell.data, cell.run, device).train()
     translator = Translator(model, device=device, keep_parts=True)
-    records = [_translated(translator, record, cell.run / "val") for record in held_out]
+    records = [_translated(translator, record, cell.run / "val") for record in _held_out(cell)]
     evaluation = Evaluation(cell.metrics, device)
     result = evaluation.run(records)
     write_manifest(cell.run / "scores.jsonl", evaluation.rows)
     if not result["count"]:
         raise DataError(f"{cell.run}: no pair could be measured: {result['errors'][0]}")
     return result
+
+
+def _held_out(cell: Cell) -> list[Record]:
+    """The records of a cell's folder that are not learned from. Raises DataError where there are none."""
+    records = [record for record in read_manifest(cell.data) if record.extra.get("split") == "val"]
+    if not records:
+        raise DataError(f"{cell.data}: holds nothing out; prepare it again with data.val_fraction above 0")
+    return records
 
 
 def _translated(translator: Translator, record: Record, folder: Path) -> Record:

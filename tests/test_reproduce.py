@@ -17,6 +17,7 @@ from train_tools import prepared_folder
 from cocosctl.app import run
 from cocosnet.config import load_config
 from cocosnet.data.records import read_manifest
+from cocosnet.data.sources import load_recipe
 from cocosnet.model.build import build_model
 from cocosnet.reproduce import table_cells, table_names
 
@@ -183,6 +184,32 @@ def test_the_training_of_a_row_is_a_command(data, tmp_path, capsys):
     commands = capsys.readouterr().out.splitlines()
     assert len(commands) == 4 and commands[0].startswith("cocosctl train deepfashion-512 --data ")
     assert "--set model.matching.refinement=none" in commands[0] and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "preset"),
+    [
+        ("deepfashion-hd", "deepfashion-512"), ("metfaces-512", "metfaces-512"), ("metfaces-1024", "metfaces-1024"),
+        ("ade20k", "ade20k"), ("ade20k-outdoor", "ade20k-outdoor"), ("facades", "facades"),
+    ],
+)  # fmt: skip
+def test_what_a_recipe_makes_its_preset_can_learn_from(recipe, preset):
+    """The sizes, tasks, classes and extractors that the two files name."""
+    made, learned_from = load_recipe(recipe).data, load_config(preset).data
+    assert (made.task, made.condition_channels) == (learned_from.task, learned_from.condition_channels)
+    assert made.size >= learned_from.size and learned_from.edges in ("auto", made.edges)
+
+
+def test_a_folder_that_does_not_fit_a_row_is_named_before_the_first_is_trained(data, label_data, tmp_path, capsys):
+    for name, folder in (("deepfashion", data), ("ade20k", label_data)):
+        shutil.copytree(folder / name, tmp_path / "data" / name)
+    summary = {"task": "mask", "size": 40, "classes": 151}
+    (tmp_path / "data/ade20k/dataset.json").write_text(json.dumps(summary))
+    options = ("--datasets", "deepfashion,ade20k", "--metrics", "psnr")
+    assert reproduce("table1", tmp_path / "data", tmp_path / "out", *options) == 3
+    error = capsys.readouterr().err
+    assert "ade20k: prepared for task mask, the config says edge" in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_not_there_is_named_before_work_starts(data, tmp_path, capsys):

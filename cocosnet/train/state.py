@@ -18,6 +18,7 @@ KEPT = 2
 MAY_CHANGE = (  # what no step depends on
     *("train.images", "train.log_images", "train.sample_images", "train.save_images", "train.val_images"),
     *("train.tensorboard", "train.workers", "train.accumulate", "train.checkpointing", "train.compile", "train.init"),
+    "model.matching.checkpoint",
     *("data.edges", "data.poses", "data.crop", "data.landmarks", "data.val_fraction"),  # they are for `prepare`
 )
 _BACKEND = "model.matching.backend"  # all but "exact" find the same matches, so a run may move to another device
