@@ -258,6 +258,16 @@ def test_output_inside_the_source_is_not_taken_for_photographs(photos: Path) -> 
     assert [record.id for record in run(photos, photos / "prepared")] == first
 
 
+@pytest.mark.parametrize("output", [".", "..", "../images/.."])
+def test_photographs_are_never_written_over(photos: Path, output: str) -> None:
+    """The folder of photographs is called images, as the folder that `prepare` writes pictures to."""
+    images = photos.rename(photos.with_name("images"))
+    before = tree(images.parent)
+    with pytest.raises(ConfigError, match="folder of its own"):
+        run(images, images / output)
+    assert tree(images.parent) == before
+
+
 def test_two_runs_at_once_do_not_meet(photos: Path, tmp_path: Path) -> None:
     running = prepare(photos, tmp_path / "out", config(), extractor="hed-small")
     next(running)

@@ -18,6 +18,7 @@ import dataclasses
 import datetime
 import functools
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ from cocosnet.data.labels import find_palette, read_palette
 from cocosnet.data.making import CONDITIONS, FEATURES, IMAGES, STAMPS, Made, Maker, load_vector, without_status
 from cocosnet.data.pairs import Choice, check_pairs, choose, random_round
 from cocosnet.data.records import MANIFEST_NAME, Record, write_manifest
-from cocosnet.data.sources import check_landmarks, find_items
-from cocosnet.errors import CocosError, DataError
+from cocosnet.data.sources import Item, check_landmarks, find_items, photo_root
+from cocosnet.errors import CocosError, ConfigError, DataError
 from cocosnet.files import atomic_write
 from cocosnet.groups import agree, end_group, everyone, join_group
 from cocosnet.launcher import place
@@ -78,7 +79,7 @@ def plan(
 
     Raises:
         DataError: no photographs, no labels where they are needed, an unreadable list or palette.
-        ConfigError: an unknown extractor or way of pairing, or face crops without landmarks.
+        ConfigError: an unknown extractor or way of pairing, face crops without landmarks, an output among the sources.
         MissingWeights, MissingDependency: what the chosen extractor needs is not here.
     """
     source, output = Path(source).absolute(), Path(output).absolute()
@@ -104,13 +105,27 @@ def _maker(
     maker = Maker([], output, config, _extractor_name(config, extractor, labels), device, overwrite)
     for task in maker.tasks():
         maker.network(task)  # what is missing is said before anything is written
-    maker.items = find_items(source, output, config, labels, maker.ready_made)[:limit]
+    items = find_items(source, output, config, labels, maker.ready_made)
+    _check_output(photo_root(source, config.prepare), output, items)
+    maker.items = items[:limit]
     if config.data.task == "mask" and config.prepare.kind == "colours":
         given = config.prepare.palette
         maker.palette = (
             read_palette(given) if given else find_palette([path for item in maker.items for path in item.labels])
         )
     return maker
+
+
+def _check_output(root: Path, output: Path, items: Sequence[Item]) -> None:
+    """Raises ConfigError where the run would write over what it reads, or later take what it wrote for photographs."""
+    written = [Path(os.path.realpath(output / name)) for name in (IMAGES, CONDITIONS)]
+    for folder in {root, *(path.parent for item in items for path in (item.photo, *item.labels))}:
+        real = Path(os.path.realpath(folder))
+        if real == Path(os.path.realpath(output)) or any(real.is_relative_to(place) for place in written):
+            raise ConfigError(
+                f"{shown(output)}: the prepared dataset would lie among the files that it is made of, those of "
+                f"{shown(folder)}; give it a folder of its own"
+            )
 
 
 def _extractor_name(config: Config, name: str, labels: Path | None) -> str | None:
