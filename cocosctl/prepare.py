@@ -70,6 +70,8 @@ def prepare(
     if output is None:
         raise typer.BadParameter("say where to write the prepared dataset", param_hint="--output")
     config = _config(recipe, task, {"size": size}, pairs, overrides or [])
+    if extractor is not None and config.data.task == "mask":
+        raise typer.BadParameter("label maps are files; there is nothing to extract them", param_hint="--extractor")
     out.detail(f"{config.data} {config.prepare}")
     with first_process_speaks():
         preparation = _plan(source, output, config, limit, overwrite, labels, extractor, seed, device, workers)

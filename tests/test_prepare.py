@@ -235,9 +235,13 @@ def test_ready_made_edges(photos: Path, tmp_path: Path) -> None:
     edges.mkdir()
     for path in photos.iterdir():
         Image.open(path).convert("L").save(edges / f"{path.stem}.png")
-    record = run(photos, tmp_path / "out", labels=edges, extractor="image")[0]
+    record = run(photos, tmp_path / "out", labels=edges, extractor="auto")[0]
+    assert record.extra["condition_source"]["network"] == "image"
     gray = Image.open(edges / f"{record.id}.png").resize((48, 48), Image.Resampling.BILINEAR)
     assert np.array_equal(np.asarray(Image.open(record.condition)), np.asarray(gray))
+    assert run(photos, tmp_path / "out", labels=edges, extractor="image")[0].status == "skipped"
+    with pytest.raises(ConfigError, match="would not be looked at"):
+        run(photos, tmp_path / "out", labels=edges, extractor="hed-small")
 
 
 def test_what_cannot_work_is_refused_at_once(photos: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from cocosnet.data.pairs import listed, nearest, random_round, same_item
 from cocosnet.data.prepare import plan, prepare
 from cocosnet.data.records import read_manifest
 from cocosnet.data.sources import Item, find_items, load_recipe, recipe_names
-from cocosnet.errors import ConfigError
+from cocosnet.errors import ConfigError, DataError
 
 SAMPLES = "data/cocosnet_samples"
 
@@ -57,6 +58,15 @@ def test_same_item_is_the_folder_or_what_an_expression_finds() -> None:
         same_item(photos, "(")
 
 
+def test_thousands_of_views_of_one_item_take_little_memory() -> None:
+    views = items(*[f"clip/{number}.jpg" for number in range(3000)])
+    tracemalloc.start()
+    choices = same_item(views, "")
+    assert tracemalloc.get_traced_memory()[1] < 10e6
+    tracemalloc.stop()
+    assert len(choices[0]) == 2999 and choices[2999][0].index == 0 and choices[7][2998].index == 6
+
+
 def test_nearest_is_exact_and_never_oneself_nor_its_copy() -> None:
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(40, 16))
@@ -76,6 +86,47 @@ def test_lists_in_the_authors_spelling(tmp_path: Path) -> None:
     (tmp_path / "ref.txt").write_text("img\\a\\1.jpg,a/2.jpg,img/a/1.jpg,nowhere.jpg\n\n2,1\n")
     found = listed(items("a/1.jpg", "a/2.jpg", "a/3.jpg"), [tmp_path / "ref.txt"])
     assert [[choice.index for choice in row] for row in found] == [[1], [0], []]
+
+
+def test_a_list_saved_by_windows_counts_from_its_first_name(tmp_path: Path) -> None:
+    (tmp_path / "ref.csv").write_bytes(b"\xef\xbb\xbf1.jpg,2.jpg\r\n")
+    (first, _) = listed(items("1.jpg", "2.jpg"), [tmp_path / "ref.csv"])
+    assert [choice.index for choice in first] == [1]
+
+
+def test_listed_exemplars_are_not_held_out_from_training(tmp_path: Path) -> None:
+    (tmp_path / "ref.csv").write_text("1.jpg,2.jpg,3.jpg\n2.jpg,1.jpg\n")
+    photos = [*items("1.jpg"), *items("2.jpg", split="val"), *items("3.jpg")]
+    found = listed(photos, [tmp_path / "ref.csv"])
+    assert [[choice.index for choice in row] for row in found] == [[2], [0], []]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"val_lists": ("absent.txt",)}, "val_lists: no list absent.txt"),
+        ({"train_lists": ("here.txt",)}, "val_lists: no list is named"),
+        ({"only": ("absent.txt",)}, "only: no list absent.txt"),
+        ({"pairs": "here.txt"}, "1 of 3 pictures"),
+    ],
+)
+def test_lists_that_change_nothing_are_told_of(
+    settings: dict, says: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_pictures(tmp_path, 3)
+    (tmp_path / "here.txt").write_text("p0.png,p1.png\n")
+    monkeypatch.chdir(tmp_path)
+    config = Config(DataConfig(size=32, val_fraction=0), prepare=PrepareConfig(**settings))
+    list(prepare(tmp_path, tmp_path / "out", config, extractor="hed-small"))
+    (told,) = caplog.messages
+    assert says in told
+
+
+def test_an_extractor_of_label_maps_is_refused(tmp_path: Path) -> None:
+    done = run(
+        "prepare", draw_pictures(tmp_path / "photos", 1), "--task", "mask", "--edges", "hed", "-o", tmp_path / "o"
+    )
+    assert done.returncode == 2 and "nothing to extract" in done.stderr and not (tmp_path / "o").exists()
 
 
 def test_what_a_changed_option_does_not_touch_is_kept(tmp_path: Path) -> None:
@@ -209,6 +260,23 @@ def test_outdoor_scenes_are_told_by_their_classes_or_a_list(shared: Path, tmp_pa
     shutil.copytree(shared / SAMPLES / "ade20k", tmp_path / "set")
     (tmp_path / "set" / "outdoor.txt").write_text(f"{found[0].photo.name}\n")
     assert len(find_items(tmp_path / "set", tmp_path / "out", config, None, True)) == 1
+    (tmp_path / "set" / "outdoor.txt").write_text("elsewhere.jpg\n")
+    with pytest.raises(DataError, match="leave none of its 12 pictures"):
+        find_items(tmp_path / "set", tmp_path / "out", config, None, True)
+
+
+def test_classes_of_colours_are_told_by_the_palette(tmp_path: Path) -> None:
+    draw_pictures(tmp_path / "photos", 2)
+    (tmp_path / "labels").mkdir()
+    for name, colour in (("p0", "red"), ("p1", "blue")):
+        Image.new("RGB", (40, 40), colour).save(tmp_path / "labels" / f"{name}.png")
+    (tmp_path / "palette.json").write_text("[[255, 0, 0], [0, 0, 255]]")
+    settings = PrepareConfig(kind="colours", any_class=(1,), palette=str(tmp_path / "palette.json"))
+    (found,) = find_items(tmp_path, tmp_path / "out", Config(DataConfig("mask"), prepare=settings), None, True)
+    assert found.id == "p1"
+    with pytest.raises(ConfigError, match=r"prepare\.palette"):
+        settings = PrepareConfig(kind="colours", any_class=(1,))
+        find_items(tmp_path, tmp_path / "out", Config(DataConfig("mask"), prepare=settings), None, True)
 
 
 def test_deepfashion_hd_pads_with_232_and_reads_its_canvas(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ out get held-out ones, and training pictures only where there is no other choice
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from cocosnet.config import PrepareConfig
 from cocosnet.data.sources import Item, read_list
 from cocosnet.errors import ConfigError
 
+log = logging.getLogger(__name__)
 CHUNK = 1024  # rows of the table of cosines that are held at once
 SAME = 1e-6  # cosine distance below which two files hold the same picture
 
@@ -45,7 +47,24 @@ def random_round(splits: Sequence[str], seed: int) -> list[int]:
     return following.tolist()
 
 
-def same_item(items: Sequence[Item], pattern: str) -> list[list[Choice]]:
+class Others(Sequence[Choice]):
+    """The members of a group but one, from that one's successor on: no list of its own for each of thousands."""
+
+    def __init__(self, members: Sequence[int], place: int) -> None:
+        self.members, self.place = members, place
+
+    def __len__(self) -> int:
+        """Number of the others."""
+        return len(self.members) - 1
+
+    def __getitem__(self, number: int) -> Choice:
+        """The other with that number, from 0."""
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        return Choice(self.members[(self.place + 1 + number) % len(self.members)])
+
+
+def same_item(items: Sequence[Item], pattern: str) -> list[Sequence[Choice]]:
     """For each picture the others of the same item, in the order of their names, from its successor on.
 
     Args:
@@ -62,10 +81,10 @@ def same_item(items: Sequence[Item], pattern: str) -> list[list[Choice]]:
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
     for index, item in enumerate(items):
         groups[item.split, _item_of(item, expression) or f"\0{index}"].append(index)
-    choices: list[list[Choice]] = [[] for _ in items]
+    choices: list[Sequence[Choice]] = [[] for _ in items]
     for members in groups.values():
         for place, index in enumerate(members):
-            choices[index] = [Choice(other) for other in members[place + 1 :] + members[:place]]
+            choices[index] = Others(members, place)
     return choices
 
 
@@ -78,7 +97,9 @@ def _item_of(item: Item, expression: re.Pattern[str]) -> str | None:
 
 
 def listed(items: Sequence[Item], lists: Sequence[Path]) -> list[list[Choice]]:
-    """For each picture the exemplars that list files name, in their order; unknown names and oneself are passed over.
+    """For each picture the exemplars that list files name, in their order.
+
+    Unknown names, oneself, and what is held out from training are passed over.
 
     Raises:
         DataError: a list that cannot be read.
@@ -92,8 +113,12 @@ def listed(items: Sequence[Item], lists: Sequence[Path]) -> list[list[Choice]]:
         for row in read_list(path):
             places = [positions[name] for name in row if name in positions]
             if row[0] in positions:
-                choices[places[0]] += [Choice(other) for other in places[1:] if other != places[0]]
+                choices[places[0]] += [Choice(other) for other in places[1:] if _may_show(items, places[0], other)]
     return choices
+
+
+def _may_show(items: Sequence[Item], index: int, other: int) -> bool:
+    return other != index and not (items[index].split == "train" and items[other].split == "val")
 
 
 def nearest(features: Mapping[int, np.ndarray], splits: Sequence[str], count: int) -> list[list[Choice]]:
@@ -124,15 +149,15 @@ def _best(distances: np.ndarray, pool: np.ndarray, index: int, count: int) -> li
     return [Choice(int(pool[place]), float(distances[place])) for place in some]
 
 
-def merged(first: list[list[Choice]], second: list[list[Choice]]) -> list[list[Choice]]:
+def merged(first: Sequence[Sequence[Choice]], second: Sequence[Sequence[Choice]]) -> list[Sequence[Choice]]:
     """The first list of choices where it has any, else the second."""
     return [one or other for one, other in zip(first, second)]
 
 
 def choose(
     items: Sequence[Item], settings: PrepareConfig, source: Path, features: Callable[[], Mapping[int, np.ndarray]]
-) -> list[list[Choice]]:
-    """The choices that `settings` ask for; empty lists where the random round decides.
+) -> list[Sequence[Choice]]:
+    """The choices that `settings` ask for; empty ones where the random round decides.
 
     Args:
         features: called for retrieval only.
@@ -147,8 +172,17 @@ def choose(
     if settings.pairs == "retrieval":
         return merged(found, nearest(features(), [item.split for item in items], settings.exemplars))
     if settings.pairs != "random":
-        return merged(listed(items, [check_pairs(settings)]), found)
+        return merged(_asked_for(items, check_pairs(settings)), found)
     return found
+
+
+def _asked_for(items: Sequence[Item], path: Path) -> list[Sequence[Choice]]:
+    """The choices of the list that was asked for by name: it is told for how many pictures it has none."""
+    choices = listed(items, [path])
+    known = sum(map(bool, choices))
+    if known < len(items):
+        log.warning("%s: has exemplars for %d of %d pictures; the others get random ones", path, known, len(items))
+    return choices
 
 
 def check_pairs(settings: PrepareConfig) -> Path:

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -73,13 +74,15 @@ def plan(
         overwrite: make everything again.
         labels: folder of conditions (label maps, edge pictures, pose files) with the photographs' names, instead of
             config.prepare.labels.
-        extractor: of edges or poses; `auto` defers to config.data.edges or config.data.poses.
+        extractor: of edges or poses; `auto` defers to config.data.edges or config.data.poses, and where that is auto,
+            too, and there are `labels`, to these.
         seed: of the random round of exemplars.
         workers: further processes that make items; 0: this one does.
 
     Raises:
         DataError: no photographs, no labels where they are needed, an unreadable list or palette.
-        ConfigError: an unknown extractor or way of pairing, face crops without landmarks, an output among the sources.
+        ConfigError: an unknown extractor or way of pairing, an extractor beside ready-made conditions, face crops
+            without landmarks, or an output among the sources.
         MissingWeights, MissingDependency: what the chosen extractor needs is not here.
     """
     source, output = Path(source).absolute(), Path(output).absolute()
@@ -129,14 +132,19 @@ def _check_output(root: Path, output: Path, items: Sequence[Item]) -> None:
 
 
 def _extractor_name(config: Config, name: str, labels: Path | None) -> str | None:
-    """The extractor's name; None where conditions are label maps."""
+    """The extractor's name; None where conditions are label maps. Raises ConfigError where `labels` would be unused."""
     task = config.data.task
     if task == "mask":
         return None
     if name == "auto":
         name = config.data.poses if task == "pose" else config.data.edges
-    if name == "auto" and task == "pose" and labels is not None:
-        return READY_MADE["pose"]
+    if name == "auto" and labels is not None:
+        name = READY_MADE[task]
+    if labels is not None and name != READY_MADE[task]:
+        raise ConfigError(
+            f"{name} finds conditions in the photographs, and {shown(labels)} would not be looked at; leave the "
+            f"labels folder away, or take the extractor {READY_MADE[task]}, which reads it"
+        )
     return resolve_name(name, task)
 
 
@@ -255,7 +263,7 @@ class Preparation:
             yield records[-1]
         self._write_summary(records)
 
-    def _choices(self, making: Iterator[Made]) -> list[list[Choice]]:
+    def _choices(self, making: Iterator[Made]) -> list[Sequence[Choice]]:
         """Who may be whose exemplar. Retrieval needs everything made first."""
 
         def features() -> dict[int, np.ndarray]:
@@ -277,13 +285,13 @@ class Preparation:
         self._take(making, index)
         return self.made[index].record
 
-    def _pair(self, index: int, choices: list[Choice], making: Iterator[Made]) -> Record:
+    def _pair(self, index: int, choices: Sequence[Choice], making: Iterator[Made]) -> Record:
         """The item's record, with the first good choice as exemplar, else the next good picture of the round."""
         record = self._item(index, making)
         if record.failed:
             return record
-        good = [choice for choice in choices if not self._item(choice.index, making).failed]
-        good = good[: self.config.prepare.exemplars]
+        usable = (choice for choice in choices if not self._item(choice.index, making).failed)
+        good = list(itertools.islice(usable, self.config.prepare.exemplars))
         if good:
             listed = [{"id": self.items[c.index].id, "distance": c.distance} for c in good]
             record = dataclasses.replace(record, extra=record.extra | {"exemplars": listed})

@@ -7,6 +7,7 @@ import functools
 import glob
 import hashlib
 import json
+import logging
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -20,9 +21,10 @@ from cocosnet.config import Config, PrepareConfig, config_from_dict, merge_overr
 from cocosnet.data.crop import load_landmarks
 from cocosnet.data.extractors import extractor_names, names_detector
 from cocosnet.data.images import SUFFIXES, find_images, shown
-from cocosnet.data.labels import PARTS, read_labels
+from cocosnet.data.labels import PARTS, read_labels, read_palette
 from cocosnet.errors import ConfigError, DataError
 
+log = logging.getLogger(__name__)
 _PACKAGE = Path(__file__).resolve().parent.parent
 CARD_FOLDERS = (_PACKAGE / "dataset_cards", _PACKAGE.parent / "datasets")  # in the wheel; in the sources
 LONGEST_ID = 80  # characters before the hash
@@ -99,8 +101,9 @@ def find_items(source: Path, output: Path, config: Config, labels: Path | None, 
         ready_made: whether conditions come from files.
 
     Raises:
-        DataError: no photographs, unreadable lists or landmarks, or no folder of labels.
-        ConfigError: an impossible pattern.
+        DataError: no photographs, or none that lists and classes leave; unreadable lists, palette or landmarks; no
+            folder of labels.
+        ConfigError: an impossible pattern, or classes of colours without a palette.
     """
     root = photo_root(source, config.prepare)
     if ready_made and labels is None and config.prepare.labels == PrepareConfig().labels:
@@ -114,7 +117,10 @@ def find_items(source: Path, output: Path, config: Config, labels: Path | None, 
         Item(name, photo, relative, "train", find(photo, relative), points.get(relative, points.get(photo.name)))
         for name, photo, relative in zip(make_ids(relatives), photos, relatives)
     ]
-    return _split(_chosen(items, source, config), source, config)
+    left = _split(_chosen(items, source, config.prepare), source, config)
+    if not left:
+        raise DataError(f"{shown(source)}: lists and classes leave none of its {len(items)} pictures; mend them")
+    return left
 
 
 def photo_root(source: Path, settings: PrepareConfig) -> Path:
@@ -197,21 +203,27 @@ def _fill(pattern: str, relative: PurePosixPath, part: str) -> str:
     return pattern.format(parent=relative.parent, stem=relative.stem, number=number, block=number // 2000, part=part)
 
 
-def _chosen(items: list[Item], source: Path, config: Config) -> list[Item]:
+def _chosen(items: list[Item], source: Path, settings: PrepareConfig) -> list[Item]:
     """The items that lists and label classes leave. A label map that cannot be read is left for `make` to report."""
-    settings = config.prepare
     listed = _first_list(source, settings.only)
     if listed is not None:
         return [item for item in items if listed.intersection(item.keys)]
     wanted, barred = set(settings.any_class), set(settings.no_class)
     if not wanted and not barred:
+        if settings.only:
+            _warn_of_no_list(source, "only", settings.only, "all pictures are taken")
         return items
-    return [item for item in items if _fits(item, wanted, barred, settings.kind)]
+    palette = None
+    if settings.kind == "colours":
+        if not settings.palette:
+            raise ConfigError("prepare.any_class and no_class count in prepare.palette; name that file, too")
+        palette = read_palette(settings.palette)
+    return [item for item in items if _fits(item, wanted, barred, settings.kind, palette)]
 
 
-def _fits(item: Item, wanted: set[int], barred: set[int], kind: str) -> bool:
+def _fits(item: Item, wanted: set[int], barred: set[int], kind: str, palette: np.ndarray | None) -> bool:
     try:
-        present = set(np.unique(read_labels(item.labels, kind)).tolist()) if item.labels else set()
+        present = set(np.unique(read_labels(item.labels, kind, palette)).tolist()) if item.labels else set()
     except DataError:
         return True
     return (not wanted or bool(wanted & present)) and not barred & present
@@ -223,6 +235,9 @@ def _split(items: list[Item], source: Path, config: Config) -> list[Item]:
     train, val = _first_list(source, settings.train_lists), _first_list(source, settings.val_lists)
     folders = settings.val_folders
     by_folder = any(set(folders).intersection(PurePosixPath(item.relative).parts) for item in items)
+    if val is None and (settings.val_lists or train is not None):
+        instead = "prepare.val_folders" if by_folder else "data.val_fraction"
+        _warn_of_no_list(source, "val_lists", settings.val_lists, f"{instead} says which pictures are held out")
 
     def place(item: Item) -> str | None:
         if val is not None:
@@ -233,6 +248,10 @@ def _split(items: list[Item], source: Path, config: Config) -> list[Item]:
         return split_of(item.id, config.data.val_fraction)
 
     return [dataclasses.replace(item, split=split) for item in items if (split := place(item)) is not None]
+
+
+def _warn_of_no_list(source: Path, key: str, names: tuple[str, ...], instead: str) -> None:
+    log.warning("prepare.%s: no list %s in %s; %s", key, " or ".join(names) or "is named", shown(source), instead)
 
 
 def split_of(name: str, val_fraction: float) -> str:
@@ -255,7 +274,7 @@ def read_list(path: Path) -> list[list[str]]:
         DataError: unreadable.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # names may hold other breaks
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # names may hold other breaks
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{shown(path)}: cannot read this list ({error}); write one picture's path a line") from error
     return [[_plain(word) for word in re.split(r"[,\t]", line) if word.strip()] for line in lines if line.strip(" ,\t")]
