@@ -158,6 +158,17 @@ def test_big_jpeg_is_decoded_reduced_but_looks_the_same(tmp_path: Path, photo: P
     assert np.abs(np.asarray(resize_shorter(reduced, 128), dtype=float) - full).mean() < 1.0
 
 
+def test_a_phone_s_jpeg_of_several_pictures_is_decoded_reduced(tmp_path: Path, photo: Path) -> None:
+    large = Image.open(photo).convert("RGB").resize((1600, 1600))
+    large.save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[large.resize((160, 160))])
+    assert load_rgb(tmp_path / "phone.jpg", 200).size == (400, 400)
+
+
+def test_a_transparent_colour_lies_over_white(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4), (10, 20, 30)).save(tmp_path / "keyed.png", transparency=(10, 20, 30))
+    assert (np.asarray(load_rgb(tmp_path / "keyed.png")) == 255).all()
+
+
 def test_find_images_is_recursive_sorted_and_passes_over_hidden_ones(tmp_path: Path) -> None:
     names = ["b.png", "a b.JPG", "ü/ñ.webp", "two\nlines.png", ".hidden.png", ".git/c.png", "notes.txt", "out/x.png"]
     for name in names:
@@ -259,6 +270,13 @@ def test_colour_pictures_are_no_labels(tmp_path: Path, photo: Path) -> None:
         load_labels(photo)
     with pytest.raises(DataError, match=f"{photo.name}: cannot read this pose"):
         load_condition(photo, DataConfig(task="pose"))
+
+
+def test_a_jpeg_is_no_label_map(tmp_path: Path) -> None:
+    indices = np.kron(np.arange(64).reshape(8, 8) % 12, np.ones((13, 13))).astype(np.uint8)
+    Image.fromarray(indices).save(tmp_path / "labels.png", format="JPEG")
+    with pytest.raises(DataError, match="JPEG does not keep"):
+        load_labels(tmp_path / "labels.png")
 
 
 def test_gray_of_a_colour_picture(photo: Path) -> None:

@@ -5,6 +5,7 @@ This module owns how files are decoded and how pixel values map to tensors: 0..2
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import warnings
@@ -21,6 +22,8 @@ from cocosnet.files import atomic_path
 
 MAX_PIXELS = 150_000_000  # pixels of one picture that we decode (450 MB as RGB); Pillow's own bound is 179 million
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # others are refused: EPS would start a program
+JPEG_MARK = b"\xff\xd8\xff"  # what the file begins with
+JPEGS = ("JPEG", "MPO")  # MPO: a JPEG with further pictures behind it, as many phones write them
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 ROWS = 256  # of a picture of deep grey that are converted at once
 SAVE_OPTIONS = {
@@ -86,7 +89,7 @@ def load_rgb(path: str | Path, shorter: int | None = None) -> Image.Image:
         DataError: missing, empty, truncated, not a picture in one of FORMATS, or more than MAX_PIXELS pixels.
     """
     image = _decode(path, shorter)
-    return image if image.mode == "RGB" else _flatten(image)
+    return image if image.mode == "RGB" and "transparency" not in image.info else _flatten(image)
 
 
 def load_gray(path: str | Path) -> Image.Image:
@@ -99,7 +102,7 @@ def load_labels(path: str | Path) -> np.ndarray:
     """The class indices of a label map, H,W int32. A palette is only for display: the indices count.
 
     Raises:
-        DataError: as `load_rgb`, or a picture with colours instead of indices.
+        DataError: as `load_rgb`, or a picture with colours instead of indices, or a JPEG, which changes them.
     """
     image = _decode(path, None)
     if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
@@ -107,14 +110,29 @@ def load_labels(path: str | Path) -> np.ndarray:
             f"{shown(path)}: a label map has one class index a pixel, this is a {image.mode} picture; "
             "save it as a grey or palette PNG of indices"
         )
+    if _is_jpeg(path):
+        raise DataError(f"{shown(path)}: JPEG does not keep the class index of a pixel; save the label map as PNG")
     return np.asarray(image).astype(np.int32)
+
+
+def picture_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) in px as stored; only the file's header is read. Raises DataError as `load_rgb` does."""
+    with _explained(path), _opened(path) as image:
+        return image.size
 
 
 def _decode(path: str | Path, shorter: int | None) -> Image.Image:
     """Open, check, decode and turn upright; the mode is the file's own."""
+    with _explained(path):
+        return _decode_unchecked(path, shorter)
+
+
+@contextlib.contextmanager
+def _explained(path: str | Path) -> Iterator[None]:
+    """Around what reads a picture: whatever is wrong with the file becomes one DataError that names it."""
     check_file(path)
     try:
-        return _decode_unchecked(path, shorter)
+        yield
     except (DataError, MemoryError):
         raise
     except PermissionError as error:
@@ -145,7 +163,9 @@ def check_file(path: str | Path) -> None:
         raise DataError(f"{shown(path)}: the file is empty; copy it again or remove it")
 
 
-def _decode_unchecked(path: str | Path, shorter: int | None) -> Image.Image:
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """The picture before it is decoded."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # bombs are bounded below, and odd EXIF blocks are no news to a user
         with Image.open(path, formats=FORMATS) as image:
@@ -154,12 +174,17 @@ def _decode_unchecked(path: str | Path, shorter: int | None) -> Image.Image:
                 raise DataError(
                     f"{shown(path)}: too big ({width}x{height}, over {MAX_PIXELS:,} pixels); reduce the picture first"
                 )
-            if shorter is not None and min(width, height) > 2 * shorter and image.format == "JPEG":
-                image.draft(None, tuple(2 * shorter * side // min(width, height) for side in (width, height)))
-            image.load()
-            if image.format == "PNG" and (image.info.get("interlace") or not _last_row(image).any()):
-                _check_rows(path)  # rows that did not come are zeros
-            return ImageOps.exif_transpose(image)
+            yield image
+
+
+def _decode_unchecked(path: str | Path, shorter: int | None) -> Image.Image:
+    with _opened(path) as image:
+        if shorter is not None and min(image.size) > 2 * shorter and image.format in JPEGS:
+            image.draft(None, tuple(2 * shorter * side // min(image.size) for side in image.size))
+        image.load()
+        if image.format == "PNG" and (image.info.get("interlace") or not _last_row(image).any()):
+            _check_rows(path)  # rows that did not come are zeros
+        return ImageOps.exif_transpose(image)
 
 
 def _last_row(image: Image.Image) -> np.ndarray:
@@ -171,6 +196,11 @@ def _check_rows(path: str | Path) -> None:
     found, needed = png_bytes(path)
     if found < needed:
         raise DataError(f"{shown(path)}: rows are missing, {found / needed:.0%} of the picture is there; copy it again")
+
+
+def _is_jpeg(path: str | Path) -> bool:
+    with open(path, "rb") as stream:
+        return stream.read(len(JPEG_MARK)) == JPEG_MARK
 
 
 def _flatten(image: Image.Image) -> Image.Image:
