@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -279,6 +280,17 @@ def test_two_runs_at_once_do_not_meet(photos: Path, tmp_path: Path) -> None:
         run(photos, tmp_path / "out")
     running.close()
     assert len(run(photos, tmp_path / "out")) == 6
+
+
+def test_a_file_system_without_locks_is_no_other_run(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert [record.status for record in run(photos, tmp_path / "out", limit=1)] == ["ok"]
+    assert "no locks here" in caplog.text
 
 
 def test_killed_and_run_again_equals_an_undisturbed_run(photos: Path, tmp_path: Path) -> None:

@@ -116,6 +116,14 @@ def test_a_folder_that_may_not_be_listed_is_one_error(tmp_path: Path) -> None:
     assert "locked" in said and "cannot list this folder" in said
 
 
+def test_a_dry_run_waits_for_no_pipe(tmp_path: Path) -> None:
+    photos = draw_pictures(tmp_path / "photos", 1)
+    os.mkfifo(photos / "pipe.png")
+    done = run("prepare", photos, "-o", tmp_path / "out", "--edges", "hed-small", "--dry-run", "--json")
+    assert [record["status"] for record in lines(done.stdout)] == ["ok", "error"]
+    assert "no file" in done.stderr and done.returncode == 4
+
+
 def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path: Path) -> None:
     """A limit on the size of files stands for the disk: writing fails alike, at the first picture that is too big."""
     photos = draw_pictures(tmp_path / "photos", 3)

@@ -19,18 +19,18 @@ import datetime
 import functools
 import itertools
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from torch.utils.data import DataLoader
 
 from cocosnet.config import Config
 from cocosnet.data.extractors import READY_MADE, resolve_name
-from cocosnet.data.images import shown
+from cocosnet.data.images import picture_size, shown
 from cocosnet.data.labels import find_palette, read_palette
 from cocosnet.data.making import CONDITIONS, FEATURES, IMAGES, STAMPS, Made, Maker, load_vector, without_status
 from cocosnet.data.pairs import Choice, check_pairs, choose, random_round
@@ -41,6 +41,7 @@ from cocosnet.files import atomic_write
 from cocosnet.groups import agree, end_group, everyone, join_group
 from cocosnet.launcher import place
 
+log = logging.getLogger(__name__)
 SCHEMA = "cocosctl.dataset/1"
 DATASET_NAME, ERRORS_NAME = "dataset.json", "errors.jsonl"
 BYTES_A_PIXEL = {"image": 1.7, "edge": 0.45, "mask": 0.05}  # of the PNGs that we write, measured on photographs
@@ -199,12 +200,9 @@ class Preparation:
                 yield record.failure(str(error)), 0
 
     def _bytes(self, photo: Path, parts: list[str]) -> int:
-        try:
-            with Image.open(photo) as image:
-                size = image.size if self.config.data.crop == "none" else (1, 1)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"{shown(photo)}: cannot read this picture ({error})") from error
-        pixels = self.config.data.size**2 * max(size) / max(1, min(size))
+        size = picture_size(photo)
+        size = size if self.config.data.crop == "none" else (1, 1)
+        pixels = self.config.data.size**2 * max(size) / min(size)
         task = self.config.data.task
         condition = BYTES_A_POSE if task == "pose" else BYTES_A_PIXEL[task] * pixels
         sizes = {"image": BYTES_A_PIXEL["image"] * pixels, "condition": condition, "feature": BYTES_A_VECTOR}
@@ -369,7 +367,7 @@ def _only_one(output: Path) -> Iterator[None]:
     """Hold the folder's lock, which the system takes back from a killed process. Raises DataError where it is held."""
     try:
         import fcntl
-    except ImportError:  # not on Windows; two runs at once are then the user's own affair
+    except ImportError:  # not on Windows, where two runs at once are the user's own affair
         yield
         return
     try:
@@ -380,8 +378,10 @@ def _only_one(output: Path) -> Iterator[None]:
     with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise DataError(f"{shown(output)}: another prepare is at work on this folder; wait for it") from error
+        except OSError as error:  # a file system without locks, as Lustre is where it was mounted without them
+            log.warning("%s: no locks here (%s); see to it that no other run writes to it", output, error.strerror)
         yield
 
 
