@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +17,10 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio as psnr
 
 from cocosnet.config import Config, DataConfig
-from cocosnet.data.crop import cut, face_corners, into_square, load_landmarks, undo_cut
+from cocosnet.data.crop import box_corners, cut, face_corners, into_square, load_landmarks, undo_cut
 from cocosnet.data.extractors import condition_extractor, extractor_names, get_extractor
 from cocosnet.data.extractors.faces import draw_face
+from cocosnet.data.extractors.landmarks import largest_face
 from cocosnet.data.prepare import prepare
 from cocosnet.errors import ConfigError, DataError, MissingDependency
 
@@ -90,6 +94,35 @@ def test_landmark_detectors_agree_with_given_points(portrait) -> None:
             assert np.abs(get_extractor(name, task="landmarks")(image) - points).mean() < within
 
 
+@dataclass
+class Box:
+    """As dlib's rectangle; a face is where a picture is black."""
+
+    edges: tuple[int, int, int, int]
+
+    def __getattr__(self, name: str) -> Callable[[], int]:
+        left, top, right, bottom = self.edges
+        sides = {"left": left, "top": top, "right": right, "bottom": bottom, "area": (right - left) * (bottom - top)}
+        return lambda: sides[name]
+
+
+@pytest.mark.parametrize(("wide", "looks"), [(600, [1024]), (60, [1024, 4096])])
+def test_a_big_picture_is_looked_at_as_a_small_one_first(wide: int, looks: list[int]) -> None:
+    """This detector of ours sees squares of 40 px and more."""
+    seen = []
+
+    def detector(pixels: np.ndarray, doubled: int) -> list[Box]:
+        seen.append(pixels.shape[1])
+        rows, columns = np.nonzero(pixels[..., 0] < 128)
+        box = Box((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
+        return [box] if box.right() - box.left() >= 40 else []
+
+    picture = np.full((2000, 4096, 3), 255, np.uint8)
+    picture[800 : 800 + wide, 1200 : 1200 + wide] = 0
+    assert np.allclose(largest_face(detector, picture), (1200, 800, 1200 + wide, 800 + wide), atol=4)
+    assert seen == looks
+
+
 def test_canny_finds_a_square() -> None:
     image = Image.new("RGB", (300, 300))
     image.paste((255, 255, 255), (100, 100, 200, 200))
@@ -134,6 +167,40 @@ def test_an_aligned_face_is_upright_framed_and_can_be_put_back(portrait) -> None
     right, bottom = points.max(0).astype(int)
     box = (slice(top, bottom), slice(left, right))
     assert psnr(np.asarray(image)[box], back[box]) > 34
+    fine = cut(image, face_corners(points), 2048, Image.Resampling.BICUBIC)
+    rng = np.random.default_rng(0)
+    noisy = Image.fromarray((np.asarray(fine) * 0.5 + rng.uniform(0, 127, (2048, 2048, 1))).astype(np.uint8))
+    smooth = np.asarray(undo_cut(noisy, black, face_corners(points)))[box].astype(float)
+    assert (smooth - (np.asarray(image)[box] * 0.5 + 63)).std() < 20  # noise of 37, averaged over many px
+
+
+@pytest.mark.parametrize("wide", [300, 450, 512, 1300])
+def test_a_square_is_cut_as_smoothly_as_it_would_be_resized(portrait, wide: int) -> None:
+    image = portrait[0].resize((2048, 2048), Image.Resampling.BICUBIC) if wide > 512 else portrait[0]
+    box = (0, 0, wide, wide)
+    expected = image.resize((128, 128), Image.Resampling.LANCZOS, box=box)
+    found = cut(image, box_corners(box), 128, Image.Resampling.BICUBIC)
+    assert psnr(np.asarray(expected), np.asarray(found)) > 45
+
+
+def test_what_a_square_lacks_is_reflected_in_little_memory() -> None:
+    columns = Image.fromarray(np.tile(np.arange(2000, dtype=np.uint16) % 251, (3000, 1)).astype(np.uint8))
+    tracemalloc.start()
+    square = cut(columns, box_corners((-10_000, 0, -9_900, 100)), 100, Image.Resampling.NEAREST)
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+    there = (np.arange(-10_000, -9_900) % 4000)[None]  # reflected at both ends, again and again
+    assert np.array_equal(np.asarray(square)[:1], np.minimum(there, 3999 - there) % 251)
+
+
+def test_landmarks_of_a_picture_of_another_size_are_refused(portrait, tmp_path: Path) -> None:
+    image, points = portrait
+    (tmp_path / "photos").mkdir()
+    image.resize((200, 200)).save(tmp_path / "photos" / "small.png")
+    (tmp_path / "points.json").write_text(json.dumps({"small.png": {"points": points.tolist()}}))
+    config = Config(DataConfig(size=64, crop="face", landmarks=str(tmp_path / "points.json")))
+    (record,) = prepare(tmp_path, tmp_path / "out", config, extractor="hed-small")
+    assert record.failed and "do not fit its 200x200 px" in record.error
 
 
 def test_records_of_aligned_faces_say_where_they_were(shared: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from cocosnet.config import Config, DataConfig, PrepareConfig
 from cocosnet.data.check import find_faults
+from cocosnet.data.conditions import load_condition
 from cocosnet.data.pairs import listed, nearest, random_round, same_item
 from cocosnet.data.prepare import plan, prepare
 from cocosnet.data.records import read_manifest
@@ -295,6 +296,19 @@ def test_deepfashion_hd_pads_with_232_and_reads_its_canvas(tmp_path: Path) -> No
     assert abs(image[256, 256].astype(int) - (10, 20, 30)).max() <= 3
     joints = np.array(json.loads(Path(record.condition).read_text())["people"][0]["pose_keypoints_2d"]).reshape(18, 3)
     assert joints[0].tolist() == [256, 128, 0.9] and joints[1].tolist() == [128, 384, 0.8]
+
+
+def test_the_ground_of_padded_maps_of_many_classes_is_none_of_them(tmp_path: Path) -> None:
+    draw_pictures(tmp_path / "photos", 1, (60, 40))
+    (tmp_path / "labels").mkdir()
+    indices = np.full((40, 60), 299, np.uint16)
+    indices[0] = 65535  # "no class" of 16 bits
+    Image.fromarray(indices).save(tmp_path / "labels/p0.png")
+    (record,) = prepare(tmp_path, tmp_path / "out", Config(DataConfig("mask", size=60, crop="pad")))
+    assert json.loads((tmp_path / "out/dataset.json").read_text())["classes"] == 300
+    condition = load_condition(record.condition, DataConfig("mask", classes=300))
+    assert condition[300, :11].all() and condition[300, 50:].all() and condition[299, 11:50].all()
+    assert not list(find_faults(tmp_path / "out"))
 
 
 def test_check_names_every_fault(tmp_path: Path) -> None:

@@ -12,10 +12,9 @@ import torch
 from PIL import Image
 
 from cocosnet.config import Config, DataConfig
-from cocosnet.data.conditions import condition_to_tensor, load_condition_image
+from cocosnet.data.conditions import NO_CLASS, condition_to_tensor, load_condition_image
 from cocosnet.data.dataset import read_summary
 from cocosnet.data.images import load_rgb, shown
-from cocosnet.data.labels import UNKNOWN
 from cocosnet.data.pose import Pose
 from cocosnet.data.records import Record, read_manifest
 from cocosnet.errors import DataError
@@ -89,7 +88,7 @@ def _own_faults(image: Image.Image, condition: Image.Image | Pose, data: DataCon
             yield "nobody is in the pose"
     elif data.task == "mask":
         indices = np.unique(np.asarray(condition))
-        beyond = [int(index) for index in indices if index >= data.classes and index != UNKNOWN]
+        beyond = [int(index) for index in indices if index >= data.classes and index not in NO_CLASS]
         if beyond:
             yield f"label indices {beyond[:5]} are not among the {data.classes} classes"
 

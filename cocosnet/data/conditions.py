@@ -15,9 +15,11 @@ from PIL import Image
 
 from cocosnet.config import DataConfig
 from cocosnet.data.images import load_gray, load_labels
+from cocosnet.data.labels import UNKNOWN
 from cocosnet.data.pose import Pose, pose_channels, read_pose
 
-EXTENDED_UNKNOWN = 65535  # stored in place of indices that a 16-bit PNG cannot hold
+EXTENDED_UNKNOWN = 65535  # "no class" of 16-bit maps, stored in place of indices that they cannot hold
+NO_CLASS = (UNKNOWN, EXTENDED_UNKNOWN)  # indices that stand for no class, where the classes do not reach up to them
 
 
 def load_condition(path: str | Path, data: DataConfig, size: tuple[int, int] | None = None) -> torch.Tensor:

@@ -22,6 +22,7 @@ Corners = np.ndarray  # 4,2 px of the picture: upper left, upper right, lower ri
 FACE_POINTS = 68
 FACE_SIDE = 4.0  # side of a face's square over its measure; FFHQ's and MetFaces' framing (median of MetFaces: 4.0)
 MOUTH_SHARE = 0.9  # a face's measure is its eyes' distance or this share of eyes to mouth, whichever is longer
+MARGIN = 2  # px around a square that the filter reads, too
 FACE_DROP = 0.1  # the square's centre lies so far on the way from the eyes to the mouth
 
 
@@ -43,6 +44,16 @@ def load_landmarks(path: str | Path) -> dict[str, np.ndarray]:
         if face.shape != (FACE_POINTS, 2) or not np.isfinite(face).all():
             raise DataError(f"{shown(path)}: {shown(name)} needs {FACE_POINTS} points [x, y]; remove or mend the entry")
     return points
+
+
+def check_points(size: tuple[int, int], points: np.ndarray) -> None:
+    """Raises DataError where landmarks 68,2 do not fit a picture of (width, height), as those of another size."""
+    centre, extent = points.mean(0), np.ptp(points, axis=0)
+    if not ((centre >= 0) & (centre <= size)).all() or (extent > 2 * np.array(size)).any():
+        raise DataError(
+            f"the landmarks around x={centre[0]:.0f}, y={centre[1]:.0f} do not fit its {size[0]}x{size[1]} px; "
+            "they must count in px of the upright photograph"
+        )
 
 
 def square_box(size: tuple[int, int]) -> Box:
@@ -92,21 +103,33 @@ def box_corners(box: tuple[float, float, float, float]) -> Corners:
 def cut(image: Image.Image, corners: Corners, side: int, resample: Image.Resampling) -> Image.Image:
     """The square inside `corners` as a picture of `side` px; what lies outside of `image` is its reflection.
 
-    A square much larger than `side` is reduced first, so that nothing is skipped over.
+    A larger square is cut at its own resolution and then reduced, so that nothing is skipped over; indices (NEAREST)
+    are only picked.
     """
     wide = float(np.hypot(*(corners[1] - corners[0])))
-    if resample != Image.Resampling.NEAREST and wide > 2 * side:
-        factor = int(wide // side)
-        return cut(image.reduce(factor), corners / factor, side, resample)
-    reach = int(np.ceil(max(0, -corners.min(), *(corners.max(0) - image.size)))) + 2
-    reach = min(reach, 4 * max(image.size))
-    padded = Image.fromarray(_reflected(np.asarray(image), reach)) if reach > 2 else image
-    quad = corners[[0, 3, 2, 1]] + (reach if reach > 2 else 0)
-    return padded.transform((side, side), Image.Transform.QUAD, quad.ravel().tolist(), resample)
+    if resample != Image.Resampling.NEAREST and wide > side:
+        if wide >= 4 * side:  # far too much detail: the quick way down to twice or thrice the side
+            factor = int(wide // (2 * side))
+            image, corners, wide = image.reduce(factor), corners / factor, wide / factor
+        large = cut(image, corners, math.ceil(wide), resample)
+        return large.resize((side, side), Image.Resampling.LANCZOS)
+    part, start = _continued(image, corners)
+    return part.transform(
+        (side, side), Image.Transform.QUAD, (corners[[0, 3, 2, 1]] - start).ravel().tolist(), resample
+    )
 
 
-def _reflected(pixels: np.ndarray, reach: int) -> np.ndarray:
-    return np.pad(pixels, [(reach, reach), (reach, reach), *[(0, 0)] * (pixels.ndim - 2)], mode="symmetric")
+def _continued(image: Image.Image, corners: Corners) -> tuple[Image.Image, np.ndarray]:
+    """The upright part of a picture and its reflections that holds `corners`, and the px (x, y) at which it starts."""
+    start, end = np.floor(corners.min(0)).astype(int) - MARGIN, np.ceil(corners.max(0)).astype(int) + MARGIN
+    columns, rows = (_reflected(np.arange(*span), size) for *span, size in zip(start, end, image.size))
+    return Image.fromarray(np.asarray(image)[rows[:, None], columns]), start
+
+
+def _reflected(places: np.ndarray, size: int) -> np.ndarray:
+    """Where in 0..size-1 the px of an axis are found that is reflected at its ends, again and again."""
+    places = places % (2 * size)
+    return np.minimum(places, 2 * size - 1 - places)
 
 
 def into_square(points: np.ndarray, corners: Corners, side: int) -> np.ndarray:
@@ -121,6 +144,9 @@ def undo_cut(square: Image.Image, original: Image.Image, corners: Corners) -> Im
     Args:
         corners: as the record's crop.corners states them, px of `original` (upright).
     """
+    wide = math.ceil(np.hypot(*(corners[1] - corners[0])))
+    if wide < square.width:  # the transform below picks px; it does not average them
+        square = square.resize((wide, wide), Image.Resampling.LANCZOS)
     inside = np.stack([corners[1] - corners[0], corners[3] - corners[0]], axis=1)
     back = np.linalg.inv(inside) * np.array(square.size)[:, None]
     shift = -back @ corners[0]

@@ -20,7 +20,7 @@ from PIL import Image
 
 from cocosnet.config import Config, DataConfig
 from cocosnet.data import crop
-from cocosnet.data.conditions import condition_filter, labels_to_image
+from cocosnet.data.conditions import EXTENDED_UNKNOWN, NO_CLASS, condition_filter, labels_to_image
 from cocosnet.data.extractors import READY_MADE, WORK_SIDE, Extractor, get_extractor, names_detector
 from cocosnet.data.images import load_gray, load_rgb, resize_shorter, save_image, shown
 from cocosnet.data.labels import UNKNOWN, read_labels
@@ -334,6 +334,7 @@ class Maker:
             return self.network("landmarks")(image)
         if job.item.points is None:
             raise DataError(f"has no landmarks in {shown(self.data.landmarks)}; add them or leave the picture out")
+        crop.check_points(image.size, job.item.points)
         return job.item.points
 
     def _given(self, item: Item, frame: Frame, size: tuple[int, int]) -> tuple[Image.Image | Pose, int]:
@@ -347,8 +348,8 @@ class Maker:
         labels = read_labels(item.labels, self.config.prepare.kind, self.palette)
         image = labels_to_image(labels)
         self._check_proportions(item, frame, image.size)
-        top = int(labels[labels != UNKNOWN].max(initial=-1))
-        return self._resized(frame, image, size, UNKNOWN), top
+        top = int(labels[~np.isin(labels, NO_CLASS)].max(initial=-1))
+        return self._resized(frame, image, size, UNKNOWN if image.mode == "L" else EXTENDED_UNKNOWN), top
 
     def _resized(self, frame: Frame, image: Image.Image, size: tuple[int, int], fill: int) -> Image.Image:
         """The frame's part of a ready-made condition, resized once where the frame is an upright box inside."""

@@ -17,6 +17,7 @@ from cocosnet.data.extractors.packages import mediapipe_process, package_version
 from cocosnet.errors import DataError
 from cocosnet.weights import sha256_of
 
+DLIB_SIDE = 1024  # px, longer side at which dlib looks for a face: 4000 px would take it 17 s and 1.4 GB
 FROM_FACE_MESH = (  # MediaPipe's 468 points at the places of the 68
     *(162, 234, 93, 58, 172, 136, 149, 148, 152, 377, 378, 365, 397, 288, 323, 454, 389),
     *(71, 63, 105, 66, 107, 336, 296, 334, 293, 301, 168, 197, 5, 4, 75, 97, 2, 326, 305),
@@ -51,15 +52,35 @@ def dlib_landmarks(device: torch.device) -> LandmarkDetector:
         detector, predictor = dlib.get_frontal_face_detector(), dlib.shape_predictor(str(path))
 
         def detect(pixels: np.ndarray) -> np.ndarray | None:
-            boxes = detector(pixels, 1)
-            if not boxes:
+            box = largest_face(detector, pixels)
+            if box is None:
                 return None
-            shape = predictor(pixels, max(boxes, key=lambda box: box.area()))
+            shape = predictor(pixels, dlib.rectangle(*box))
             return np.array([[point.x, point.y] for point in shape.parts()], np.float64)
 
         return detect
 
-    return LandmarkDetector("dlib", when_needed(load), {"network": "dlib-68", "sha256": sha256_of(path)})
+    made_by = {"network": "dlib-68", "sha256": sha256_of(path), "side": DLIB_SIDE}
+    return LandmarkDetector("dlib", when_needed(load), made_by)
+
+
+def largest_face(detector: Callable[[np.ndarray, int], Any], pixels: np.ndarray) -> list[int] | None:
+    """Left, top, right and bottom px of the largest face; None without one.
+
+    A big picture is looked at with a longer side of DLIB_SIDE px, and as it is where that shows no face.
+
+    Args:
+        detector: as dlib's, of H,W,3 uint8 and how often to double it: boxes.
+    """
+    sides = np.array(pixels.shape[1::-1])
+    scales = [1.0] if max(sides) <= DLIB_SIDE else [DLIB_SIDE / max(sides), 1.0]
+    for scale in scales:
+        small = Image.fromarray(pixels).resize(np.maximum(1, np.round(sides * scale)).astype(int).tolist())
+        boxes = detector(np.asarray(small), 1)
+        if boxes:
+            box = max(boxes, key=lambda box: box.area())
+            return [round(edge / scale) for edge in (box.left(), box.top(), box.right(), box.bottom())]
+    return None
 
 
 def _models_folder() -> Path:
