@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,10 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cocosnet.data.pose import Pose, write_pose
 from cocosnet.data.records import Record
 from cocosnet.errors import DataError
 from cocosnet.metrics import evaluate, records_from_folders
 from cocosnet.viz.report import Row, write_report
+from cocosnet.viz.scores import write_scores_page
 
 HOSTILE = "<script>alert(\"x\")</script> & 'é' \ud800"
 
@@ -101,6 +104,40 @@ def test_links_are_relative_and_quoted(tmp_path):
     assert (tmp_path / "sub" / unquote(page.images[0]["src"])).resolve() == Path(path).resolve()
     assert "#" not in page.images[0]["src"] and page.images[0]["width"] == "40"
     assert page.images[1]["src"].startswith("data:")
+
+
+def test_a_name_that_is_no_text_is_linked_by_its_bytes(tmp_path):
+    path = picture(tmp_path, "o.png")
+    odd = os.path.join(os.fsencode(tmp_path), b"bad\xff.png")
+    os.rename(path, odd)
+    write_report(tmp_path / "page.html", [Row("a", {"output": os.fsdecode(odd)})], "t", embed=False)
+    assert read(tmp_path / "page.html").images[0]["src"] == "bad%FF.png"
+
+
+@pytest.mark.parametrize("embed", [True, False])
+def test_label_maps_and_poses_are_drawn_among_conditions(tmp_path, embed):
+    """A map of 12 classes is black to the eye, and a pose is no picture; edges stay as they are."""
+    indices = np.repeat(np.arange(12, dtype=np.uint8), 4)[None].repeat(9, axis=0)
+    Image.fromarray(indices).save(tmp_path / "labels.png")
+    Image.fromarray(np.where(indices % 2, 255, 0).astype(np.uint8)).save(tmp_path / "edges.png")
+    joints = np.full((1, 18, 3), (10, 20, 0.9), np.float32)
+    write_pose(Pose(joints, (30, 40)), tmp_path / "pose.json")
+    rows = [Row(name, {"condition": tmp_path / name}) for name in ("labels.png", "pose.json", "edges.png")]
+    write_report(tmp_path / "page.html", [*rows, Row("o", {"output": tmp_path / "labels.png"})], "t", embed=embed)
+    labels, pose, *others = read(tmp_path / "page.html").images
+    assert len(set(map(tuple, np.asarray(decoded(labels).convert("RGB"))[0].tolist()))) == 12
+    assert decoded(pose).size == (30, 40) and np.asarray(decoded(pose)).max() > 200
+    for image, file in zip(others, ("edges.png", "labels.png"), strict=True):
+        shown = decoded(image) if embed else Image.open(tmp_path / image["src"])
+        assert np.array_equal(np.asarray(shown.convert("L")), np.asarray(Image.open(tmp_path / file)))
+
+
+def test_scores_that_are_no_numbers_are_none(tmp_path):
+    """Not-a-number compares with nothing: the page could not sort by it."""
+    records = [Record("a", extra={"scores": {"psnr": float("nan"), "l1": 0.5}})]
+    result = {"count": 1, "failed": 0, "metrics": {}, "warnings": [], "weights": {}}
+    write_scores_page(tmp_path / "page.html", records, result)
+    assert '"scores": {"psnr": null, "l1": 0.5}' in (tmp_path / "page.html").read_text()
 
 
 def test_edges_stay_sharp_and_photographs_small(tmp_path):

@@ -23,6 +23,7 @@ from cocosnet.data.images import shown
 from cocosnet.errors import DataError
 from cocosnet.files import atomic_write
 
+POSE_SUFFIXES = (".json", ".txt")
 JOINTS = 18
 LIMBS = (  # the first 17 of OpenPose's 19 limbs: one distance map each (release)
     *((1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11), (11, 12), (12, 13)),

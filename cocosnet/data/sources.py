@@ -22,13 +22,13 @@ from cocosnet.data.crop import load_landmarks
 from cocosnet.data.extractors import extractor_names, names_detector
 from cocosnet.data.images import SUFFIXES, find_images, shown
 from cocosnet.data.labels import PARTS, read_labels, read_palette
+from cocosnet.data.pose import POSE_SUFFIXES
 from cocosnet.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 _PACKAGE = Path(__file__).resolve().parent.parent
 CARD_FOLDERS = (_PACKAGE / "dataset_cards", _PACKAGE.parent / "datasets")  # in the wheel; in the sources
 LONGEST_ID = 80  # characters before the hash
-POSE_SUFFIXES = (".json", ".txt")
 
 
 @dataclass(frozen=True)

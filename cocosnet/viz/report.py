@@ -17,17 +17,22 @@ from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import quote
 
+import numpy as np
 from PIL import Image
 
 from cocosnet.data.images import load_rgb
+from cocosnet.data.labels import UNKNOWN
+from cocosnet.data.pose import POSE_SUFFIXES, draw_skeleton, read_pose
 from cocosnet.data.records import Record
 from cocosnet.errors import DataError
 from cocosnet.files import atomic_path
+from cocosnet.viz.canvas import distinct_colors
 
 THUMBNAIL = 256  # px, longer side of a picture inside the page
 QUALITY = 88  # of JPEGs inside the page
 COLUMNS = ("condition", "exemplar", "warp", "output", "target")
 VALUE_DIGITS = 5  # significant digits of a metric
+MOST_INDICES = 64  # grey levels from which on a picture is no map of class indices; those of more classes show as grey
 WEB_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")  # formats that every browser shows
 
 STYLE = """
@@ -150,29 +155,71 @@ def _section(row: Row, folder: Path, embed: bool) -> Iterator[str]:
         yield f'<p class="bad">{html.escape(row.error)}</p>\n'
     yield '<div class="pictures">\n'
     for title, picture in row.pictures.items():
-        yield f"<figure>{_picture(picture, f'{title} of {row.name}', folder, embed)}<figcaption>{html.escape(title)}"
+        yield f"<figure>{_picture(picture, title, row.name, folder, embed)}<figcaption>{html.escape(title)}"
         yield "</figcaption></figure>\n"
     yield "</div>\n</section>\n"
 
 
-def _picture(picture: str | Path | Image.Image, description: str, folder: Path, embed: bool) -> str:
+def _picture(picture: str | Path | Image.Image, title: str, name: str, folder: Path, embed: bool) -> str:
     """The img element, or why there is none."""
     try:
-        image = picture if isinstance(picture, Image.Image) else load_rgb(picture, THUMBNAIL if embed else None)
+        image, as_it_is = shown_picture(title, picture, THUMBNAIL if embed else None)
     except DataError as error:
         return f'<p class="bad">{html.escape(str(error))}</p>'
-    link = not embed and not isinstance(picture, Image.Image) and Path(picture).suffix.lower() in WEB_SUFFIXES
+    link = as_it_is and not embed and Path(picture).suffix.lower() in WEB_SUFFIXES
     reduced = image if link else thumbnail(image)
     source = _relative(picture, folder) if link else data_uri(reduced)
     return (
-        f'<img src="{source}" width="{reduced.width}" height="{reduced.height}" alt="{html.escape(description)}" '
-        'loading="lazy" decoding="async">'
+        f'<img src="{source}" width="{reduced.width}" height="{reduced.height}" '
+        f'alt="{html.escape(f"{title} of {name}")}" loading="lazy" decoding="async">'
     )
+
+
+def shown_picture(
+    title: str, picture: str | Path | Image.Image, shorter: int | None = None
+) -> tuple[Image.Image, bool]:
+    """A picture of a column as people can read it, mode RGB, and whether it is the file as it is.
+
+    Among conditions a pose is drawn, and a map of class indices gets the colours of `condition_image`.
+
+    Args:
+        title: of the column.
+        shorter: as for `load_rgb`.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    if isinstance(picture, Image.Image):
+        return picture.convert("RGB"), False
+    if title != "condition":
+        return load_rgb(picture, shorter), True
+    if Path(picture).suffix.lower() in POSE_SUFFIXES:
+        return draw_skeleton(read_pose(picture)), False
+    image = load_rgb(picture, shorter)
+    return (_coloured(image), False) if _shows_indices(image) else (image, True)
+
+
+def _shows_indices(image: Image.Image) -> bool:
+    """Whether a picture is grey, nearly black, and has steps between black and white that edges do not stop at."""
+    if image.getcolors(MOST_INDICES + 1) is None:
+        return False
+    pixels = np.asarray(image)
+    values = np.unique(pixels[..., 0])
+    grey = (pixels == pixels[..., :1]).all()
+    return bool(
+        grey and len(np.setdiff1d(values, (0, UNKNOWN))) and not ((values >= MOST_INDICES) & (values < UNKNOWN)).any()
+    )
+
+
+def _coloured(image: Image.Image) -> Image.Image:
+    palette = np.zeros((256, 3), np.uint8)
+    palette[:MOST_INDICES] = distinct_colors(MOST_INDICES)
+    return Image.fromarray(palette[np.asarray(image)[..., 0]])
 
 
 def _relative(path: str | Path, folder: Path) -> str:
     """URL of a file as seen from the page's folder."""
-    return html.escape(quote(Path(os.path.relpath(os.path.abspath(path), folder)).as_posix()))
+    return html.escape(quote(os.fsencode(Path(os.path.relpath(os.path.abspath(path), folder)).as_posix())))
 
 
 def thumbnail(image: Image.Image) -> Image.Image:

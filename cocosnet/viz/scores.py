@@ -16,11 +16,10 @@ from typing import Any, TextIO
 
 from PIL import Image
 
-from cocosnet.data.images import load_rgb
-from cocosnet.data.records import Record
+from cocosnet.data.records import Record, finite
 from cocosnet.errors import DataError
 from cocosnet.files import atomic_path
-from cocosnet.viz.report import STYLE, metrics_table, row_of
+from cocosnet.viz.report import STYLE, metrics_table, row_of, shown_picture
 
 SIDES = ((300, 256), (1500, 128), (4000, 96))  # up to so many pairs: px, longer side of a picture inside the page
 SMALLEST = 64  # px, beyond that
@@ -139,14 +138,14 @@ def _write_head(page: TextIO, result: Mapping[str, Any]) -> None:
 
 def _pair(record: Record, side: int) -> dict[str, Any]:
     row = row_of(record)
-    pictures = [[title, *_picture(picture, side)] for title, picture in row.pictures.items()]
+    pictures = [[title, *_picture(title, picture, side)] for title, picture in row.pictures.items()]
     return {"id": row.name, "scores": _scores(record), "error": row.error, "pictures": pictures}
 
 
-def _picture(path: str | Path, side: int) -> tuple[str | None, str | None]:
+def _picture(title: str, path: str | Path, side: int) -> tuple[str | None, str | None]:
     """The picture as a data URL, or why there is none."""
     try:
-        image = load_rgb(path, side)
+        image, _ = shown_picture(title, path, side)
     except DataError as error:
         return None, str(error)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
@@ -162,8 +161,8 @@ def _keys(records: Sequence[Record]) -> list[str]:
 
 
 def _scores(record: Record) -> dict[str, float | None]:
-    """The record's scores; in one that failed the key may be another program's, and hold anything."""
-    found = record.extra.get("scores")
+    """The record's scores, None for what is no number; in one that failed the key may be another program's."""
+    found = finite(record.extra.get("scores"))
     found = found if isinstance(found, dict) else {}
     return {name: value for name, value in found.items() if value is None or isinstance(value, (int, float))}
 
