@@ -10,6 +10,7 @@ from PIL import Image
 from cocosnet.data.images import to_tensor
 from cocosnet.model.matches import Matches
 from cocosnet.model.warp import pixel_grid
+from cocosnet.viz.flow import flow_colors
 from cocosnet.viz.panels import condition_image, warp_panel
 from cocosnet.viz.sheet import contact_sheet
 
@@ -94,6 +95,24 @@ def test_pose_shows_its_first_three_channels():
     pose = random_tensor(3, 20, 8, 6)
     expected = (pose[:3] * 255).round().byte().permute(1, 2, 0).numpy()
     assert np.abs(np.asarray(condition_image(pose)).astype(int) - expected).max() <= 1
+
+
+def test_all_joints_of_heat_maps_are_seen():
+    heat = torch.zeros(18, 1, 18)
+    heat[torch.arange(18), 0, torch.arange(18)] = 0.9
+    colours = np.asarray(condition_image(heat))[0]
+    assert len({tuple(colour) for colour in colours.tolist()}) == 18 and (colours.max(axis=1) > 150).all()
+
+
+def test_the_legend_shows_each_offset_s_colour_where_it_leads_to():
+    condition, exemplar, image, warps, matches = panel_inputs((64, 64), (64, 64))
+    right = matches[1].positions[:, 0] - pixel_grid(64, 64)
+    full_right = flow_colors(right, 16.0)[0, :, 0, 0].numpy()
+    top = np.asarray(warp_panel(condition, exemplar, image, warps, matches, height=64))[: 8 + 36 + 96]
+    rows, columns = np.nonzero((np.abs(top.astype(int) - full_right) < 12).all(axis=-1))
+    hue = top[..., 0].astype(int) - top[..., 2]
+    left, below = np.nonzero((top[..., 2] > 200) & (hue < -150)), np.nonzero((top[..., 1] > 200) & (hue > 150))
+    assert columns.mean() > left[1].mean() + 30 and below[0].mean() > rows.mean() + 20
 
 
 def test_sheet_places_pictures_on_a_grid():

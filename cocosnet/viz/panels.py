@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from cocosnet.data.images import to_image
+from cocosnet.data.pose import JOINTS
 from cocosnet.model.matches import Matches
 from cocosnet.model.warp import pixel_grid
 from cocosnet.viz.canvas import GAP, as_image, distinct_colors, fit_height, side_by_side, stacked, titled
@@ -18,6 +19,7 @@ from cocosnet.viz.flow import flow_colors, score_colors, typical_maximum
 from cocosnet.viz.matches import draw_matches
 
 BAR = 10  # px, height of the colour bar under a score map
+WHEEL = 96  # px, side of the legend of offset colours
 LOWEST_SCORES = 0.02  # share of the scores that fall below its colours
 
 
@@ -25,8 +27,9 @@ def condition_image(condition_CHW: Tensor) -> Image.Image:
     """A condition (C,H,W float in [0,1]) as a picture of mode RGB and the same size.
 
     One channel (edges) is shown as grey. One-hot labels, that is channels of 0 and 1 of which one is set in every
-    pixel, get a fixed colour a class, black for the last class ("unknown"). Of anything else, such as the 20 channels
-    of a pose, the first three channels are shown as red, green and blue.
+    pixel, get a fixed colour a class, black for the last class ("unknown"). The 18 heat maps of a pose get a colour
+    each, of which the brightest shows. Of anything else, such as the 20 channels of a pose, the first three channels
+    are shown as red, green and blue.
     """
     condition = condition_CHW.detach().float().cpu()
     if condition.shape[0] == 1:
@@ -34,6 +37,9 @@ def condition_image(condition_CHW: Tensor) -> Image.Image:
     if _is_one_hot(condition):
         palette = np.array([*distinct_colors(condition.shape[0] - 1), (0, 0, 0)], dtype=np.uint8)
         return Image.fromarray(palette[condition.argmax(dim=0).numpy()])
+    if condition.shape[0] == JOINTS:
+        colours = torch.tensor(distinct_colors(JOINTS)).view(JOINTS, 3, 1, 1) / 255
+        return to_image((condition[:, None] * colours).amax(dim=0) * 2 - 1)
     shown = torch.zeros(3, *condition.shape[1:])
     shown[: condition.shape[0]] = condition[:3]
     return to_image(shown * 2 - 1)
@@ -55,9 +61,9 @@ def warp_panel(
 ) -> Image.Image:
     """One picture that explains one translation.
 
-    First row: condition, exemplar, output. Then one row a level, coarse to fine: the warp, the offset of the best
-    candidate (colours of `cocosnet.viz.flow`, one scale for all levels, relative to the picture), its cosine, and match
-    lines from the output to the exemplar.
+    First row: condition, exemplar, output, and the colours of offsets around a pixel. Then one row a level, coarse to
+    fine: the warp, the offset of the best candidate (colours of `cocosnet.viz.flow`, one scale for all levels, relative
+    to the picture), its cosine, and match lines from the output to the exemplar.
 
     Args:
         condition: C,H,W float in [0,1].
@@ -88,9 +94,19 @@ def warp_panel(
         )
     widths = [max(tile.width for tile in column) for column in zip(*rows, strict=True)]
     top = side_by_side(
-        [titled(fit_height(tile, height), name, f"{tile.width}x{tile.height}") for name, tile in first.items()]
+        [
+            *(titled(fit_height(tile, height), name, f"{tile.width}x{tile.height}") for name, tile in first.items()),
+            titled(_wheel(), "offset colours", "where the match lies, seen from the pixel in the middle"),
+        ]
     )
     return stacked([top, *(side_by_side(row, widths) for row in rows)])
+
+
+def _wheel() -> Image.Image:
+    """The colours of all offsets up to the longest, each drawn where it leads to."""
+    place = pixel_grid(WHEEL, WHEEL) - (WHEEL - 1) / 2
+    inside = (place.square().sum(dim=0).sqrt() <= WHEEL / 2).float()
+    return as_image(flow_colors((place * inside)[None], WHEEL / 2)[0])
 
 
 def _flow_tile(offset_2hw: Tensor, scale: float, height: int) -> Image.Image:
