@@ -175,10 +175,18 @@ def test_find_images_is_recursive_sorted_and_passes_over_hidden_ones(tmp_path: P
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"x")
-    found = [str(path.relative_to(tmp_path)) for path in find_images(tmp_path, exclude=tmp_path / "out")]
+    found = [str(path.relative_to(tmp_path)) for path in find_images(tmp_path, exclude=[tmp_path / "out"])]
     assert found == ["a b.JPG", "b.png", "two\nlines.png", "ü/ñ.webp"]
     with pytest.raises(DataError, match="no such folder"):
         find_images(tmp_path / "absent")
+
+
+def test_pictures_that_are_not_read_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.png", "b.jfif", "IMG_1.HEIC", "IMG_2.heic", "c.avif", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    assert [path.name for path in find_images(tmp_path)] == ["a.png", "b.jfif"]
+    (told,) = caplog.messages
+    assert told.endswith("1 .avif, 2 .heic")
 
 
 def test_tensor_round_trip_is_exact_and_clamps(photo: Path) -> None:

@@ -231,6 +231,20 @@ def test_labels_that_do_not_fit_are_error_records(photos: Path, tmp_path: Path) 
         run(photos, tmp_path / "out", config(task="mask", classes=3), labels=tmp_path / "absent")
 
 
+@pytest.mark.parametrize("way", ["../photos of people", "link"])
+def test_labels_among_the_photographs_are_none_whatever_way_leads_to_them(
+    photos: Path, tmp_path: Path, way: str
+) -> None:
+    (tmp_path / "link").symlink_to(photos)
+    names = sorted(path.stem for path in photos.iterdir())
+    (photos / "labels").mkdir()
+    for name in names:
+        Image.new("L", (512, 512)).save(photos / "labels" / f"{name}.png")
+    source = tmp_path / "photos of people" / way if way.startswith("..") else tmp_path / way
+    records = run(source, tmp_path / "out", config(task="mask"), labels=photos / "labels")
+    assert [(record.id, record.status) for record in records] == [(name, "ok") for name in names]
+
+
 def test_ready_made_edges(photos: Path, tmp_path: Path) -> None:
     edges = tmp_path / "edges"
     edges.mkdir()

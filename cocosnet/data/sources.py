@@ -108,7 +108,8 @@ def find_items(source: Path, output: Path, config: Config, labels: Path | None, 
     root = photo_root(source, config.prepare)
     if ready_made and labels is None and config.prepare.labels == PrepareConfig().labels:
         labels = source / "labels"
-    photos = [path for path in find_images(root, exclude=output) if _is_photo(path, labels, root, config.prepare)]
+    beside = () if labels is None or labels.resolve() == root.resolve() else (labels,)
+    photos = [path for path in find_images(root, (output, *beside)) if path.name.endswith(config.prepare.suffix)]
     if not photos:
         raise DataError(f"{shown(source)}: holds no pictures; give a folder of PNG, JPEG or WebP files")
     find = _finder(source, root, labels, config) if ready_made else lambda photo, relative: ()
@@ -131,10 +132,6 @@ def photo_root(source: Path, settings: PrepareConfig) -> Path:
         if (source / name).is_dir():
             return source if name == "." else source / name
     raise DataError(f"{shown(source)}: has no folder {' or '.join(settings.photos)}, where the photographs should lie")
-
-
-def _is_photo(path: Path, labels: Path | None, root: Path, settings: PrepareConfig) -> bool:
-    return path.name.endswith(settings.suffix) and (labels in (None, root) or labels not in path.parents)
 
 
 def check_landmarks(config: Config) -> None:
