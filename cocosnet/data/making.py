@@ -32,6 +32,7 @@ from cocosnet.files import atomic_write
 
 IMAGES, CONDITIONS, STAMPS, FEATURES = "images", "conditions", ".stamps", ".features"
 SQUARE_BY_FACE = ("face", "align")
+LONGEST = 16  # a picture's longer side over its shorter one; at a given shorter side a network's memory grows with it
 BATCH = 8  # pictures that a network on a GPU sees at once, where the config does not say
 
 
@@ -264,6 +265,8 @@ class Maker:
         job.points = self._points(job, image)
         job.frame = self._frame(image.size, job.points)
         job.part = job.frame.apply(image, self.config.prepare.pad_value)
+        if max(job.part.size) > LONGEST * min(job.part.size):
+            raise DataError(f"{image.width}x{image.height} px is too thin, over {LONGEST} to 1; crop it first")
         job.picture = resize_shorter(job.part, self.data.size)
         if "condition" in job.parts:
             job.stamp |= {"top": -1, "extra": _crop_record(job.frame, self.data)}
