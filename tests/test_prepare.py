@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -24,7 +25,7 @@ from cocosnet.data.crop import face_box, load_landmarks
 from cocosnet.data.prepare import prepare
 from cocosnet.data.records import Record, read_manifest
 from cocosnet.data.sources import make_ids, split_of
-from cocosnet.errors import ConfigError, DataError
+from cocosnet.errors import ConfigError, DataError, Stopped
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # small pictures: waking a second thread takes longer than it saves
@@ -305,6 +306,39 @@ def test_a_file_system_without_locks_is_no_other_run(
     monkeypatch.setattr("fcntl.flock", refuse)
     assert [record.status for record in run(photos, tmp_path / "out", limit=1)] == ["ok"]
     assert "no locks here" in caplog.text
+
+
+def test_a_half_changed_folder_does_not_look_whole(photos: Path, tmp_path: Path) -> None:
+    run(photos, tmp_path / "out")
+    again = prepare(photos, tmp_path / "out", config(), extractor="hed-small")
+    next(again)
+    again.close()
+    assert len(read_manifest(tmp_path / "out")) == 6
+    changed = prepare(photos, tmp_path / "out", config(size=32), extractor="hed-small")
+    next(changed)
+    changed.close()
+    with pytest.raises(DataError, match="cocosctl prepare"):
+        read_manifest(tmp_path / "out")
+    assert len(run(photos, tmp_path / "out", config(size=32))) == len(read_manifest(tmp_path / "out")) == 6
+
+
+def test_a_killed_helper_is_one_line_and_loses_nothing(photos: Path, tmp_path: Path) -> None:
+    for path in list(photos.iterdir()):
+        for copy in range(3):
+            shutil.copy(path, photos / f"{path.stem}-{copy}.jpg")
+    records = prepare(photos, tmp_path / "out", config(), extractor="hed-small", workers=1)
+    next(records)
+    for helper in multiprocessing.active_children():
+        helper.kill()
+    with pytest.raises(Stopped, match="fewer --workers"):
+        list(records)
+    assert "skipped" in {record.status for record in run(photos, tmp_path / "out")}
+
+
+def test_a_picture_like_a_ribbon_costs_one_record(photos: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (1700, 100)).save(photos / "ribbon.png")
+    failed = [record for record in run(photos, tmp_path / "out") if record.failed]
+    assert [record.id for record in failed] == ["ribbon"] and "1700x100 px is too thin" in failed[0].error
 
 
 def test_killed_and_run_again_equals_an_undisturbed_run(photos: Path, tmp_path: Path) -> None:

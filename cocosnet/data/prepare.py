@@ -36,7 +36,7 @@ from cocosnet.data.making import CONDITIONS, FEATURES, IMAGES, STAMPS, Made, Mak
 from cocosnet.data.pairs import Choice, check_pairs, choose, random_round
 from cocosnet.data.records import MANIFEST_NAME, Record, write_manifest
 from cocosnet.data.sources import Item, check_landmarks, find_items, photo_root
-from cocosnet.errors import CocosError, ConfigError, DataError
+from cocosnet.errors import CocosError, ConfigError, DataError, Stopped
 from cocosnet.files import atomic_write
 from cocosnet.groups import agree, end_group, everyone, join_group
 from cocosnet.launcher import place
@@ -179,14 +179,15 @@ class Preparation:
             made: called for each photograph that is made, or found to be; long before its record, where that waits.
 
         Raises:
-            DataError: another run is at work on the folder. OutputError: it cannot be written.
+            DataError: another run is at work on the folder. OutputError: it cannot be written. Stopped: one of the
+                processes was killed.
         """
         rank, ranks = place()
         if ranks > 1:
             yield from self._run_shared(rank, ranks, made)
             return
         with _only_one(self.output):
-            _remove_leftovers(self.output)
+            self._clear()
             yield from self._finish(self._make(self._order(), made))
 
     def todo(self) -> Iterator[tuple[Record, int]]:
@@ -215,7 +216,7 @@ class Preparation:
             def take_folder() -> None:
                 if rank == 0:
                     held.enter_context(_only_one(self.output))
-                    _remove_leftovers(self.output)
+                    self._clear()
 
             agree(take_folder)
             step = lambda: [made() for _ in range(ranks)]  # noqa: E731  the others are about as far as this one
@@ -223,6 +224,26 @@ class Preparation:
             end_group()
             if rank == 0:
                 yield from self._finish(iter([one for share in shares for one in share]))
+
+    def _clear(self) -> None:
+        """Take away what a killed run left, and a manifest of pictures that this run makes in another way.
+
+        Kept, it would tell of a whole dataset where a run that is killed has made half of them anew.
+        """
+        _remove_leftovers(self.output)
+        try:
+            old = json.loads((self.output / DATASET_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        if not isinstance(old, dict) or any(old.get(key) != value for key, value in self._made_as().items()):
+            for name in (MANIFEST_NAME, DATASET_NAME):
+                (self.output / name).unlink(missing_ok=True)
+
+    def _made_as(self) -> dict[str, Any]:
+        """What dataset.json says of how pictures and conditions are made."""
+        data = self.config.data
+        facts = {"schema": SCHEMA, "task": data.task, "size": data.size, "crop": data.crop}
+        return facts | {"condition_source": self.maker.provenance}
 
     def _order(self) -> list[int]:
         """Positions in the order in which they are needed: each picture and then its exemplar."""
@@ -251,7 +272,7 @@ class Preparation:
             collate_fn=_as_it_is,
             multiprocessing_context="spawn",  # a copy of a process with threads and networks may hang
         )
-        return iter(loader)
+        return _unless_killed(loader)
 
     def _finish(self, making: Iterator[Made]) -> Iterator[Record]:
         records = []
@@ -317,16 +338,11 @@ class Preparation:
             write_manifest(self.output / ERRORS_NAME, failed)
         else:
             (self.output / ERRORS_NAME).unlink(missing_ok=True)
-        summary = {
-            "schema": SCHEMA,
-            "task": data.task,
-            "size": data.size,
+        summary = self._made_as() | {
             "classes": classes,
             "pictures": len(good),
             "failed": len(failed),
             "held_out": sum(record.extra.get("split") == "val" for record in good),
-            "condition_source": self.maker.provenance,
-            "crop": data.crop,
             "val_fraction": data.val_fraction,
             "pairs": Path(self.config.prepare.pairs).name,
             "seed": self.seed,
@@ -352,6 +368,19 @@ class _Elsewhere:
             return self.maker[part]
         except CocosError as error:
             return error
+
+
+def _unless_killed(loader: DataLoader) -> Iterator[list[Made] | CocosError]:
+    """The answers of the loader's processes. Raises Stopped where one was killed, as the system does for memory."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):  # a defect in a process comes as "Caught .. in DataLoader"
+            raise
+        raise Stopped(
+            "a process that makes pictures was killed, perhaps for want of memory; run again with fewer --workers: "
+            "what is made stays"
+        ) from error
 
 
 def _as_it_is(answer: list[Made] | CocosError) -> list[Made] | CocosError:
