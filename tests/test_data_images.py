@@ -235,6 +235,11 @@ def test_save_refuses_unknown_formats_and_unwritable_places(tmp_path: Path) -> N
         save_image(image, tmp_path / "file" / "picture.png")
 
 
+def test_a_picture_too_long_for_jpeg_is_no_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="65500 px a side"):
+        save_image(Image.new("L", (1, 66_000)), tmp_path / "long.jpg")
+
+
 def test_edge_condition_is_gray_in_unit_range(tmp_path: Path) -> None:
     values = np.arange(12, dtype=np.uint8).reshape(3, 4) * 23
     Image.fromarray(values).save(tmp_path / "edges.png")

@@ -296,6 +296,16 @@ def test_deepfashion_hd_pads_with_232_and_reads_its_canvas(tmp_path: Path) -> No
     assert abs(image[256, 256].astype(int) - (10, 20, 30)).max() <= 3
     joints = np.array(json.loads(Path(record.condition).read_text())["people"][0]["pose_keypoints_2d"]).reshape(18, 3)
     assert joints[0].tolist() == [256, 128, 0.9] and joints[1].tolist() == [128, 384, 0.8]
+    for path in pose.iterdir():
+        path.unlink()
+    people = [{"pose_keypoints_2d": [375, 550, 0.9] + [0] * 51}]  # of the photograph, which the file says
+    content = {"canvas_width": 750, "canvas_height": 1101, "people": people}
+    (pose / "01_1_front.json").write_text(json.dumps(content))
+    (record,) = prepare(tmp_path, tmp_path / "out", load_recipe("deepfashion-hd"))
+    joints = json.loads(Path(record.condition).read_text())["people"][0]["pose_keypoints_2d"]
+    assert np.allclose(joints[:2], (256, 256), atol=0.5)
+    with pytest.raises(ConfigError, match="crop=pad"):
+        list(prepare(tmp_path, tmp_path / "out", load_recipe("deepfashion-hd", ["data.crop=none"])))
 
 
 def test_the_ground_of_padded_maps_of_many_classes_is_none_of_them(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from cocosnet.viz.panels import condition_image
 from cocosnet.viz.sheet import contact_sheet
 
 SHEET_ROW = 192  # px, height of a row of the sheet
+MOST_PAIRS = 500  # of the sheet, two a row
 
 
 def data_of(folder: Path) -> DataConfig:
@@ -96,11 +97,12 @@ def _own_faults(image: Image.Image, condition: Image.Image | Pose, data: DataCon
 def draw_sheet(folder: str | Path, count: int = 24) -> Image.Image:
     """`count` pairs, evenly spread: picture, condition over it, condition, exemplar; mode RGB.
 
-    Pairs that cannot be read are left out. Raises DataError where none can.
+    At most MOST_PAIRS, which a JPEG holds. Pairs that cannot be read are left out. Raises DataError where none can.
     """
     folder = Path(folder)
     data, records = data_of(folder), [record for record in read_manifest(folder) if not record.failed]
-    chosen = [records[place] for place in np.unique(np.linspace(0, len(records) - 1, count).round().astype(int))]
+    places = np.linspace(0, len(records) - 1, min(count, MOST_PAIRS)).round().astype(int)
+    chosen = [records[place] for place in np.unique(places)]
     rows, captions = [], []
     for record in chosen:
         try:

@@ -33,6 +33,7 @@ FOREIGN_SUFFIXES = (  # pictures that people have, too
     *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
 )
 ROWS = 256  # of a picture of deep grey that are converted at once
+JPEG_SIDE = 65_500  # px, longest side that libjpeg writes
 SAVE_OPTIONS = {
     ".png": {"compress_level": 3},  # a photograph in 40 % of the time that 6 takes, 4 % bigger
     ".jpg": {"quality": 95, "subsampling": 0},
@@ -272,6 +273,8 @@ def save_image(image: Image.Image, path: str | Path) -> None:
     options = SAVE_OPTIONS.get(Path(path).suffix.lower())
     if options is None:
         raise DataError(f"{shown(path)}: cannot write this format; use one of {', '.join(SAVE_OPTIONS)}")
+    if Path(path).suffix.lower() in (".jpg", ".jpeg") and max(image.size) > JPEG_SIDE:
+        raise DataError(f"{shown(path)}: JPEG holds {JPEG_SIDE} px a side, not {image.width}x{image.height}; try .png")
     try:
         with atomic_path(path) as temporary:
             image.save(temporary, **options)

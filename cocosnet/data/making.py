@@ -366,7 +366,7 @@ class Maker:
         pose = read_pose(item.labels[0], (side, side) if side else frame.size)
         if not len(pose.people):
             raise DataError(f"{shown(item.labels[0])}: nobody is in it; add a pose or remove the photograph")
-        if side:
+        if pose.size == (side, side):
             return pose.resize(size)
         if pose.size != frame.size:
             pose = pose.resize(frame.size)

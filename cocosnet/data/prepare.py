@@ -35,7 +35,7 @@ from cocosnet.data.labels import find_palette, read_palette
 from cocosnet.data.making import CONDITIONS, FEATURES, IMAGES, STAMPS, Made, Maker, load_vector, without_status
 from cocosnet.data.pairs import Choice, check_pairs, choose, random_round
 from cocosnet.data.records import MANIFEST_NAME, Record, write_manifest
-from cocosnet.data.sources import Item, check_landmarks, find_items, photo_root
+from cocosnet.data.sources import Item, check_crop, find_items, photo_root
 from cocosnet.errors import CocosError, ConfigError, DataError, Stopped
 from cocosnet.files import atomic_write
 from cocosnet.groups import agree, end_group, everyone, join_group
@@ -105,7 +105,7 @@ def _maker(
 ) -> Maker:
     """What makes the items, after a look whether all that it takes is here."""
     check_pairs(config.prepare)
-    check_landmarks(config)
+    check_crop(config)
     maker = Maker([], output, config, _extractor_name(config, extractor, labels), device, overwrite)
     for task in maker.tasks():
         maker.network(task)  # what is missing is said before anything is written

@@ -134,13 +134,16 @@ def photo_root(source: Path, settings: PrepareConfig) -> Path:
     raise DataError(f"{shown(source)}: has no folder {' or '.join(settings.photos)}, where the photographs should lie")
 
 
-def check_landmarks(config: Config) -> None:
-    """Raises ConfigError where crops around faces are wanted and nothing says where the faces are."""
+def check_crop(config: Config) -> None:
+    """Raises ConfigError for crops around faces where nothing says where the faces are, and for poses in px of a padded
+    square where nothing is padded."""
     if config.data.crop in ("face", "align") and not config.data.landmarks:
         raise ConfigError(
             f"data.crop={config.data.crop} needs data.landmarks: a JSON file of 68 points a picture, or a detector "
             f"({', '.join(extractor_names('landmarks'))})"
         )
+    if config.prepare.pose_canvas and config.data.crop != "pad":
+        raise ConfigError("prepare.pose_canvas counts in the square that data.crop=pad makes; set that, too")
 
 
 def _landmarks(config: Config) -> dict[str, np.ndarray]:
