@@ -185,6 +185,18 @@ def test_pairs_of_poses_reach_training(shared: Path, tmp_path: Path) -> None:
     assert draw_sheet(tmp_path / "out").width > 400
 
 
+def test_a_person_without_a_seen_joint_is_nobody(tmp_path: Path) -> None:
+    from cocosnet.config import Config
+    from cocosnet.data.prepare import prepare
+
+    (tmp_path / "poses").mkdir()
+    Image.new("RGB", (60, 80)).save(tmp_path / "one.png")
+    people = [{"pose_keypoints_2d": [30, 40, 0.01] * 18}]
+    (tmp_path / "poses/one_keypoints.json").write_text(json.dumps({"people": people}))
+    (record,) = prepare(tmp_path, tmp_path / "out", Config(DataConfig("pose", size=32)), labels=tmp_path / "poses")
+    assert record.failed and "nobody is in it" in record.error
+
+
 def test_a_pose_model_translates_files_and_photographs(shared: Path, tmp_path: Path) -> None:
     """An untrained model: what is tested is that poses flow through, drawn alike from a file and from a photograph."""
     from cocosnet.checkpoint import save_model

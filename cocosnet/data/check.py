@@ -85,7 +85,7 @@ def _own_faults(image: Image.Image, condition: Image.Image | Pose, data: DataCon
             f"the condition is {condition.size[0]}x{condition.size[1]} px, the picture {image.width}x{image.height} px"
         )
     if isinstance(condition, Pose):
-        if not len(condition.people):
+        if not condition.seen:
             yield "nobody is in the pose"
     elif data.task == "mask":
         indices = np.unique(np.asarray(condition))

@@ -364,7 +364,7 @@ class Maker:
     def _given_pose(self, item: Item, frame: Frame, size: tuple[int, int]) -> Pose:
         side = self.config.prepare.pose_canvas
         pose = read_pose(item.labels[0], (side, side) if side else frame.size)
-        if not len(pose.people):
+        if not pose.seen:
             raise DataError(f"{shown(item.labels[0])}: nobody is in it; add a pose or remove the photograph")
         if pose.size == (side, side):
             return pose.resize(size)

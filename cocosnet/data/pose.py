@@ -65,6 +65,11 @@ class Pose:
         """px"""
         return self.size[1]
 
+    @property
+    def seen(self) -> bool:
+        """Whether there is a joint of anyone."""
+        return bool((self.people[..., 2] > 0).any())
+
     def resize(self, size: tuple[int, int], resample: Any = None, box: tuple[float, ...] | None = None) -> Pose:
         """In a picture of (width, height) `size`, of all or the part `box` of this one; `resample` has no meaning."""
         left, top, right, bottom = box or (0, 0, *self.size)
