@@ -35,9 +35,10 @@ def test_a_given_palette_keeps_its_order_and_knows_what_it_lacks(indices: np.nda
     palette = read_palette(tmp_path / "palette.json")
     found = nearest_colours(COLOURS[indices], palette)
     assert np.array_equal(found, np.where(indices == 4, UNKNOWN, indices))
-    (tmp_path / "palette.json").write_text("[[1, 2]]")
-    with pytest.raises(DataError, match="palette"):
-        read_palette(tmp_path / "palette.json")
+    for wrong in ("[[1, 2]]", "[[0.5, 0.5, 1.0]]", str([[1, 2, 3]] * 256)):
+        (tmp_path / "palette.json").write_text(wrong)
+        with pytest.raises(DataError, match="palette"):
+            read_palette(tmp_path / "palette.json")
 
 
 def test_photographs_are_not_taken_for_label_maps(tmp_path: Path) -> None:
