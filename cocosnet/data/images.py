@@ -239,17 +239,23 @@ def _deep_gray(values: np.ndarray) -> Image.Image:
 
 
 def resize_shorter(image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
-    """The picture with its shorter side of `size` px and its proportions kept (the longer side rounded).
+    """The picture with its shorter side of `size` px, as `shorter_size` says. Raises DataError as that does."""
+    target = shorter_size(image.size, size)
+    return image if target == image.size else image.resize(target, resample)
+
+
+def shorter_size(full: tuple[int, int], size: int) -> tuple[int, int]:
+    """(width, height) `full` with the shorter side of `size` px and the proportions kept (the longer side rounded).
 
     Raises:
         DataError: so long and thin that the result would have more than MAX_PIXELS pixels.
     """
-    width, height = image.size
-    scale = size / min(width, height)
-    target = tuple(size if side == min(width, height) else max(size, round(side * scale)) for side in (width, height))
+    width, height = full
+    scale = size / min(full)
+    target = tuple(size if side == min(full) else max(size, round(side * scale)) for side in full)
     if target[0] * target[1] > MAX_PIXELS:
         raise DataError(f"{width}x{height} px is too long and thin to be resized to {size} px; crop the picture first")
-    return image if target == image.size else image.resize(target, resample)
+    return target
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from cocosnet.config import DataConfig
-from cocosnet.data.images import resize_shorter
+from cocosnet.data.images import resize_shorter, shorter_size
 from cocosnet.data.pose import Pose
 from cocosnet.doors import doors, open_door
 from cocosnet.errors import ConfigError, DataError, MissingDependency
@@ -97,7 +97,7 @@ class EdgeExtractor:
 
     def many(self, images: Sequence[Image.Image], size: int | None, batch: int) -> list[Image.Image]:
         """Edges of several pictures, of which those that the network sees at one size go through it `batch` at once."""
-        wanted = [image.size if size is None else resize_shorter(image, size).size for image in images]
+        wanted = [image.size if size is None else shorter_size(image.size, size) for image in images]
         seen = [resize_shorter(image, max(min(goal), WORK_SIDE)) for image, goal in zip(images, wanted)]
         found = [Image.fromarray((e * 255).round().byte().numpy()) for e in in_batches(self.network, seen, batch)]
         return [e if e.size == goal else e.resize(goal, Image.Resampling.BILINEAR) for e, goal in zip(found, wanted)]
@@ -119,7 +119,7 @@ class PoseExtractor:
         if not len(people):
             raise DataError(f"{self.name} sees nobody in it; give its pose by hand or leave the picture out")
         pose = Pose(people.astype(np.float32), image.size)
-        return pose if size is None else pose.resize(resize_shorter(image, size).size)
+        return pose if size is None else pose.resize(shorter_size(image.size, size))
 
 
 def in_batches(network: Callable, images: Sequence[Image.Image], batch: int) -> list[Any]:
