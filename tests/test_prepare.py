@@ -25,7 +25,7 @@ from cocosnet.data.crop import face_box, load_landmarks
 from cocosnet.data.prepare import prepare
 from cocosnet.data.records import Record, read_manifest
 from cocosnet.data.sources import make_ids, split_of
-from cocosnet.errors import ConfigError, DataError, Stopped
+from cocosnet.errors import ConfigError, DataError, OutputError, Stopped
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # small pictures: waking a second thread takes longer than it saves
@@ -320,6 +320,13 @@ def test_a_half_changed_folder_does_not_look_whole(photos: Path, tmp_path: Path)
     with pytest.raises(DataError, match="cocosctl prepare"):
         read_manifest(tmp_path / "out")
     assert len(run(photos, tmp_path / "out", config(size=32))) == len(read_manifest(tmp_path / "out")) == 6
+
+
+def test_the_manifest_comes_last(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "out/dataset.json").mkdir(parents=True)  # where a file cannot be put
+    with pytest.raises(OutputError, match=r"dataset\.json"):
+        run(photos, tmp_path / "out", limit=2)
+    assert not (tmp_path / "out/manifest.jsonl").exists()
 
 
 def test_a_killed_helper_is_one_line_and_loses_nothing(photos: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from cli_tools import run
 from PIL import Image
 
 from cocosnet.data.images import to_tensor
@@ -73,6 +74,13 @@ def test_panel_of_a_photograph_that_matches_itself(shared):
     assert np.array_equal(below[:, 8:72], np.asarray(photo))
     white = (below == 255).all(axis=(0, 2))
     assert max(len(run) for run in "".join("w" if w else " " for w in white).split()) >= 64
+
+
+def test_a_panel_that_cannot_be_written_is_refused_before_it_is_drawn(tmp_path):
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (40, 40)).save(photo)
+    done = run("warp-visualize", photo, photo, "-o", tmp_path / "panel", "-w", "demo", "--dry-run")
+    assert done.returncode == 3 and "use one of .png" in done.stderr
 
 
 def test_condition_of_one_channel_is_grey():

@@ -270,15 +270,20 @@ def to_image(tensor: torch.Tensor) -> Image.Image:
     return Image.fromarray(pixels.round().byte().permute(1, 2, 0).cpu().numpy())
 
 
+def check_format(path: str | Path) -> None:
+    """Raises DataError where the suffix names no format that `save_image` writes."""
+    if Path(path).suffix.lower() not in SAVE_OPTIONS:
+        raise DataError(f"{shown(path)}: cannot write this format; use one of {', '.join(SAVE_OPTIONS)}")
+
+
 def save_image(image: Image.Image, path: str | Path) -> None:
     """Write the picture atomically; its suffix chooses the format (.png, .jpg, .jpeg, .webp).
 
     Raises:
         DataError: another suffix, a picture that the format cannot hold, or the file cannot be written.
     """
-    options = SAVE_OPTIONS.get(Path(path).suffix.lower())
-    if options is None:
-        raise DataError(f"{shown(path)}: cannot write this format; use one of {', '.join(SAVE_OPTIONS)}")
+    check_format(path)
+    options = SAVE_OPTIONS[Path(path).suffix.lower()]
     if Path(path).suffix.lower() in (".jpg", ".jpeg") and max(image.size) > JPEG_SIDE:
         raise DataError(f"{shown(path)}: JPEG holds {JPEG_SIDE} px a side, not {image.width}x{image.height}; try .png")
     try:

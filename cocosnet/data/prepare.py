@@ -325,7 +325,7 @@ class Preparation:
         return record
 
     def _write_summary(self, records: list[Record]) -> None:
-        """The manifest, the failures, and dataset.json: they tell of the folder, not of this run."""
+        """dataset.json, the failures, and last the manifest: they tell of the folder, not of this run."""
         data, good = self.config.data, [record for record in records if not record.failed]
         failed = [dataclasses.replace(record, seconds=None) for record in records if record.failed]
         classes = data.classes
@@ -333,11 +333,6 @@ class Preparation:
             palette = self.maker.palette
             tops = [made.top for made in self.made.values()]
             classes = max(tops, default=-1) + 1 if palette is None else len(palette)
-        write_manifest(self.output / MANIFEST_NAME, [without_status(record) for record in good])
-        if failed:
-            write_manifest(self.output / ERRORS_NAME, failed)
-        else:
-            (self.output / ERRORS_NAME).unlink(missing_ok=True)
         summary = self._made_as() | {
             "classes": classes,
             "pictures": len(good),
@@ -352,6 +347,11 @@ class Preparation:
         if self.maker.palette is not None:
             summary["palette_rgb"] = self.maker.palette.tolist()
         atomic_write(self.output / DATASET_NAME, json.dumps(summary, indent=1) + "\n")
+        if failed:
+            write_manifest(self.output / ERRORS_NAME, failed)
+        else:
+            (self.output / ERRORS_NAME).unlink(missing_ok=True)
+        write_manifest(self.output / MANIFEST_NAME, [without_status(record) for record in good])
 
 
 @dataclasses.dataclass
