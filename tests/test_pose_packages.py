@@ -15,6 +15,7 @@ from cli_tools import lines, run
 from PIL import Image
 
 from cocosnet.data.extractors import get_extractor
+from cocosnet.data.extractors.poses import at_most
 from cocosnet.errors import CheckpointError, DataError, MissingWeights
 
 BOX = (40.0, 20.0, 232.0, 276.0)  # px of the detector's 640x640 picture
@@ -97,6 +98,19 @@ def test_rtmlib_says_which_weights_it_lacks(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("COCOSCTL_OFFLINE", "1")
     with pytest.raises(MissingWeights, match=DETECTOR):
         get_extractor("rtmlib", task="pose")
+
+
+def test_big_pictures_are_reduced_for_a_hungry_network_and_joints_put_back() -> None:
+    pixels = np.zeros((1500, 1000, 3), np.uint8)
+    pixels[600:640, 300:340, 0] = 255  # red
+
+    def red_square(bgr: np.ndarray) -> np.ndarray:
+        assert bgr.shape == (768, 512, 3)
+        rows, columns = np.nonzero(bgr[..., 2] > 128)
+        return np.tile(np.array([columns.mean() + 0.5, rows.mean() + 0.5, 0.7], np.float32), (1, 18, 1))
+
+    people = at_most(512, red_square)(pixels)
+    assert np.allclose(people, (320, 620, 0.7), atol=1)
 
 
 def test_openpose_runs_from_a_file_of_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

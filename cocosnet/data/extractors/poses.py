@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from cocosnet.data.extractors import PoseExtractor, when_needed
 from cocosnet.data.extractors.packages import mediapipe_process, package_version, require
+from cocosnet.data.images import resize_shorter
 from cocosnet.data.pose import FROM_COCO_17, FROM_MEDIAPIPE, JOINTS, reorder
 from cocosnet.errors import CheckpointError, DataError, MissingWeights
 from cocosnet.weights import search_folders, sha256_of
@@ -24,6 +26,7 @@ from cocosnet.weights import search_folders, sha256_of
 VISIBLE = 0.5  # MediaPipe's visibility below which a joint is guessed rather than seen
 SCORED = 0.3  # RTMPose's score below which its authors do not draw a joint
 RTM_MODE = "balanced"  # of rtmlib: YOLOX-m finds people, RTMPose-m their joints
+CONTROLNET_SIDE = 512  # px; the network sees 184, but its maps are 57 numbers of 64 bits for each px of what it is given
 CONTROLNET_FILE = "body_pose_model.pth"
 
 
@@ -128,10 +131,23 @@ def controlnet(device: torch.device) -> PoseExtractor:
         except Exception as error:  # unpickling and shape errors share no base class
             reason = " ".join(str(error).split())[:160]
             raise CheckpointError(f"{path}: not OpenPose's body network ({reason}); get the file again") from error
-        return lambda pixels: from_candidates(*network(np.ascontiguousarray(pixels[..., ::-1])))
+        return at_most(CONTROLNET_SIDE, lambda bgr: from_candidates(*network(bgr)))
 
     made_by = {"network": "openpose", "sha256": sha256_of(path), "version": package_version("controlnet_aux")}
+    made_by |= {"side": CONTROLNET_SIDE}
     return PoseExtractor("controlnet", when_needed(load), made_by)
+
+
+def at_most(side: int, detect: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    """A detector of RGB pictures from one of BGR pictures, which sees them with a shorter side of at most `side` px."""
+
+    def detect_reduced(pixels: np.ndarray) -> np.ndarray:
+        image = Image.fromarray(pixels)
+        seen = image if min(image.size) <= side else resize_shorter(image, side)
+        people = detect(np.ascontiguousarray(np.asarray(seen)[..., ::-1]))
+        return people * np.array([*(np.array(image.size) / seen.size), 1], np.float32)
+
+    return detect_reduced
 
 
 def from_candidates(candidates: np.ndarray, subset: np.ndarray) -> np.ndarray:
