@@ -288,6 +288,13 @@ def test_photographs_are_never_written_over(photos: Path, output: str) -> None:
     assert tree(images.parent) == before
 
 
+def test_a_prepared_folder_is_no_source(photos: Path, tmp_path: Path) -> None:
+    run(photos, tmp_path / "out", limit=2)
+    with pytest.raises(ConfigError, match="prepared folder"):
+        run(tmp_path / "out", tmp_path / "again")
+    assert len(run(tmp_path / "out/images", tmp_path / "again")) == 2
+
+
 def test_two_runs_at_once_do_not_meet(photos: Path, tmp_path: Path) -> None:
     running = prepare(photos, tmp_path / "out", config(), extractor="hed-small")
     next(running)

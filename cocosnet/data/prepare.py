@@ -83,7 +83,7 @@ def plan(
     Raises:
         DataError: no photographs, no labels where they are needed, an unreadable list or palette.
         ConfigError: an unknown extractor or way of pairing, an extractor beside ready-made conditions, face crops
-            without landmarks, or an output among the sources.
+            without landmarks, an output among the sources, or a source that is a prepared folder.
         MissingWeights, MissingDependency: what the chosen extractor needs is not here.
     """
     source, output = Path(source).absolute(), Path(output).absolute()
@@ -109,8 +109,11 @@ def _maker(
     maker = Maker([], output, config, _extractor_name(config, extractor, labels), device, overwrite)
     for task in maker.tasks():
         maker.network(task)  # what is missing is said before anything is written
+    root = photo_root(source, config.prepare)
+    if (root / MANIFEST_NAME).is_file() and (root / DATASET_NAME).is_file():
+        raise ConfigError(f"{shown(root)}: a prepared folder; give the photographs, or look at it with --check")
     items = find_items(source, output, config, labels, maker.ready_made)
-    _check_output(photo_root(source, config.prepare), output, items)
+    _check_output(root, output, items)
     maker.items = items[:limit]
     if config.data.task == "mask" and config.prepare.kind == "colours":
         given = config.prepare.palette
