@@ -105,9 +105,9 @@ def test_listed_exemplars_are_not_held_out_from_training(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"val_lists": ("absent.txt",)}, "val_lists: no list absent.txt"),
-        ({"train_lists": ("here.txt",)}, "val_lists: no list is named"),
-        ({"only": ("absent.txt",)}, "only: no list absent.txt"),
+        ({"val_lists": ("absent.txt",)}, "val_lists: there is no absent.txt"),
+        ({"train_lists": ("here.txt",)}, "counts only beside"),
+        ({"only": ("absent.txt",)}, "only: there is no absent.txt"),
         ({"pairs": "here.txt"}, "1 of 3 pictures"),
     ],
 )

@@ -235,9 +235,8 @@ def _split(items: list[Item], source: Path, config: Config) -> list[Item]:
     train, val = _first_list(source, settings.train_lists), _first_list(source, settings.val_lists)
     folders = settings.val_folders
     by_folder = any(set(folders).intersection(PurePosixPath(item.relative).parts) for item in items)
-    if val is None and (settings.val_lists or train is not None):
-        instead = "prepare.val_folders" if by_folder else "data.val_fraction"
-        _warn_of_no_list(source, "val_lists", settings.val_lists, f"{instead} says which pictures are held out")
+    if val is None:
+        _warn_of_no_split(source, settings, train is not None, "val_folders" if by_folder else "val_fraction")
 
     def place(item: Item) -> str | None:
         if val is not None:
@@ -250,8 +249,17 @@ def _split(items: list[Item], source: Path, config: Config) -> list[Item]:
     return [dataclasses.replace(item, split=split) for item in items if (split := place(item)) is not None]
 
 
+def _warn_of_no_split(source: Path, settings: PrepareConfig, trains: bool, instead: str) -> None:
+    """Tell of lists that change nothing. `trains`: whether there is a list of training pictures."""
+    instead = f"{instead} decides which pictures are held out"
+    if settings.val_lists:
+        _warn_of_no_list(source, "val_lists", settings.val_lists, instead)
+    elif trains:
+        log.warning("prepare.train_lists counts only beside a list of prepare.val_lists; %s", instead)
+
+
 def _warn_of_no_list(source: Path, key: str, names: tuple[str, ...], instead: str) -> None:
-    log.warning("prepare.%s: no list %s in %s; %s", key, " or ".join(names) or "is named", shown(source), instead)
+    log.warning("prepare.%s: there is no %s in %s; %s", key, " or ".join(names), shown(source), instead)
 
 
 def split_of(name: str, val_fraction: float) -> str:
