@@ -125,8 +125,10 @@ def _config(
 
 
 def _run(preparation: Preparation, out: Output) -> None:
+    from cocosnet.data.prepare import helpers_may_be_killed
+
     start, done = time.monotonic(), []
-    with out.progress("pictures", len(preparation)) as advance:
+    with helpers_may_be_killed(), out.progress("pictures", len(preparation)) as advance:
         for record in preparation.run(advance):
             out.record(record, role="condition")
             done.append(record)

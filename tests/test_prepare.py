@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -25,7 +24,7 @@ from cocosnet.data.crop import face_box, load_landmarks
 from cocosnet.data.prepare import prepare
 from cocosnet.data.records import Record, read_manifest
 from cocosnet.data.sources import make_ids, split_of
-from cocosnet.errors import ConfigError, DataError, OutputError, Stopped
+from cocosnet.errors import ConfigError, DataError, OutputError
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # small pictures: waking a second thread takes longer than it saves
@@ -334,19 +333,6 @@ def test_the_manifest_comes_last(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"dataset\.json"):
         run(photos, tmp_path / "out", limit=2)
     assert not (tmp_path / "out/manifest.jsonl").exists()
-
-
-def test_a_killed_helper_is_one_line_and_loses_nothing(photos: Path, tmp_path: Path) -> None:
-    for path in list(photos.iterdir()):
-        for copy in range(3):
-            shutil.copy(path, photos / f"{path.stem}-{copy}.jpg")
-    records = prepare(photos, tmp_path / "out", config(), extractor="hed-small", workers=1)
-    next(records)
-    for helper in multiprocessing.active_children():
-        helper.kill()
-    with pytest.raises(Stopped, match="fewer --workers"):
-        list(records)
-    assert "skipped" in {record.status for record in run(photos, tmp_path / "out")}
 
 
 def test_a_picture_like_a_ribbon_costs_one_record(photos: Path, tmp_path: Path) -> None:

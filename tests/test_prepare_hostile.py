@@ -163,3 +163,26 @@ def test_ctrl_c_is_one_line_and_the_next_run_goes_on(tmp_path: Path, workers: in
     again = run(*command, "--json")
     assert [record["status"] for record in lines(again.stdout)].count("skipped") >= made
     assert json.loads((tmp_path / "out/dataset.json").read_text())["pictures"] == 24
+
+
+def test_a_killed_helper_is_one_line_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    photos = draw_pictures(tmp_path / "photos", 40, (300, 260))
+    command = [*COCOSCTL, "prepare", str(photos), "-o", str(tmp_path / "out"), "--edges", "hed-small", "--size", "256"]
+    with open(tmp_path / "said", "w+") as said:
+        running = subprocess.Popen(
+            [*command, "--workers", "2"], stdout=subprocess.DEVNULL, stderr=said, env=clean_environment()
+        )
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("out/.stamps/*.json"))) < 2:
+            assert time.monotonic() < deadline and running.poll() is None
+            time.sleep(0.01)
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        helpers = [pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+        os.kill(int(helpers[-1]), signal.SIGKILL)
+        assert running.wait(timeout=120) == 75
+        said.seek(0)
+        lines_said = said.read().splitlines()
+    assert len(lines_said) == 1 and "fewer --workers" in lines_said[0]
+    made = len(list(tmp_path.glob("out/.stamps/*.json")))
+    left = lines(run(*command[len(COCOSCTL) :], "--dry-run", "--json").stdout)
+    assert made >= 2 and [record["status"] for record in left].count("skipped") == made

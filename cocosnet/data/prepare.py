@@ -189,7 +189,7 @@ class Preparation:
         if ranks > 1:
             yield from self._run_shared(rank, ranks, made)
             return
-        with _only_one(self.output):
+        with helpers_may_be_killed(), _only_one(self.output):
             self._clear()
             yield from self._finish(self._make(self._order(), made))
 
@@ -223,10 +223,14 @@ class Preparation:
 
             agree(take_folder)
             step = lambda: [made() for _ in range(ranks)]  # noqa: E731  the others are about as far as this one
-            shares = everyone(agree(lambda: list(self._make(range(len(self.items))[rank::ranks], step))))
+            shares = everyone(agree(lambda: self._share(range(len(self.items))[rank::ranks], step)))
             end_group()
             if rank == 0:
                 yield from self._finish(iter([one for share in shares for one in share]))
+
+    def _share(self, order: Sequence[int], made: Callable[[], None]) -> list[Made]:
+        with helpers_may_be_killed():
+            return list(self._make(order, made))
 
     def _clear(self) -> None:
         """Take away what a killed run left, and a manifest of pictures that this run makes in another way.
@@ -275,7 +279,7 @@ class Preparation:
             collate_fn=_as_it_is,
             multiprocessing_context="spawn",  # a copy of a process with threads and networks may hang
         )
-        return _unless_killed(loader)
+        return iter(loader)
 
     def _finish(self, making: Iterator[Made]) -> Iterator[Record]:
         records = []
@@ -373,10 +377,14 @@ class _Elsewhere:
             return error
 
 
-def _unless_killed(loader: DataLoader) -> Iterator[list[Made] | CocosError]:
-    """The answers of the loader's processes. Raises Stopped where one was killed, as the system does for memory."""
+@contextlib.contextmanager
+def helpers_may_be_killed() -> Iterator[None]:
+    """Around work with further processes. Raises Stopped where one was killed, as the system does for want of memory.
+
+    PyTorch hears of that by a signal, and raises wherever its process is just then.
+    """
     try:
-        yield from loader
+        yield
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):  # a defect in a process comes as "Caught .. in DataLoader"
             raise
