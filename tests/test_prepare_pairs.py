@@ -89,6 +89,12 @@ def test_lists_in_the_authors_spelling(tmp_path: Path) -> None:
     assert [[choice.index for choice in row] for row in found] == [[1], [0], []]
 
 
+def test_lists_name_photographs_of_folders_called_as_the_authors_are(tmp_path: Path) -> None:
+    (tmp_path / "ref.csv").write_text("images/a/1.jpg,images/b/1.jpg\nimages/b/1,./images/a/1.jpg\n")
+    found = listed(items("images/a/1.jpg", "images/b/1.jpg"), [tmp_path / "ref.csv"])
+    assert [[choice.index for choice in row] for row in found] == [[1], [0]]
+
+
 def test_a_list_saved_by_windows_counts_from_its_first_name(tmp_path: Path) -> None:
     (tmp_path / "ref.csv").write_bytes(b"\xef\xbb\xbf1.jpg,2.jpg\r\n")
     (first, _) = listed(items("1.jpg", "2.jpg"), [tmp_path / "ref.csv"])
@@ -264,6 +270,13 @@ def test_outdoor_scenes_are_told_by_their_classes_or_a_list(shared: Path, tmp_pa
     (tmp_path / "set" / "outdoor.txt").write_text("elsewhere.jpg\n")
     with pytest.raises(DataError, match="leave none of its 12 pictures"):
         find_items(tmp_path / "set", tmp_path / "out", config, None, True)
+
+
+def test_capital_suffixes_are_the_same(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "one.JPG")
+    Image.new("L", (40, 40)).save(tmp_path / "one.png")
+    (item,) = find_items(tmp_path, tmp_path / "out", load_recipe("facades"), None, True)
+    assert item.photo.name == "one.JPG" and item.labels == (tmp_path / "one.png",)
 
 
 def test_classes_of_colours_are_told_by_the_palette(tmp_path: Path) -> None:

@@ -45,8 +45,8 @@ class Item:
     @property
     def keys(self) -> tuple[str, ...]:
         """The names by which lists may call the photograph."""
-        path = PurePosixPath(self.relative)
-        return (self.relative, str(path.with_suffix("")), path.name, path.stem, self.id)
+        path, plain = PurePosixPath(self.relative), _plain(self.relative)
+        return (self.relative, str(path.with_suffix("")), plain, _without_suffix(plain), path.name, path.stem, self.id)
 
 
 def recipe_names() -> list[str]:
@@ -108,8 +108,9 @@ def find_items(source: Path, output: Path, config: Config, labels: Path | None, 
     root = photo_root(source, config.prepare)
     if ready_made and labels is None and config.prepare.labels == PrepareConfig().labels:
         labels = source / "labels"
+    suffix = config.prepare.suffix.lower()
     beside = () if labels is None or labels.resolve() == root.resolve() else (labels,)
-    photos = [path for path in find_images(root, (output, *beside)) if path.name.endswith(config.prepare.suffix)]
+    photos = [path for path in find_images(root, (output, *beside)) if path.name.lower().endswith(suffix)]
     if not photos:
         raise DataError(f"{shown(source)}: holds no pictures; give a folder of PNG, JPEG or WebP files")
     find = _finder(source, root, labels, config) if ready_made else lambda photo, relative: ()
