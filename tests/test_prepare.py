@@ -335,6 +335,15 @@ def test_the_manifest_comes_last(photos: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out/manifest.jsonl").exists()
 
 
+def test_enlarged_pictures_are_told_of(photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(photos, tmp_path / "out", limit=2)
+    assert not caplog.messages
+    Image.new("RGB", (60, 47)).save(photos / "a small one.png")
+    run(photos, tmp_path / "out")
+    (told,) = caplog.messages
+    assert "size=48" in told and "1 of 7 pictures" in told
+
+
 def test_a_picture_like_a_ribbon_costs_one_record(photos: Path, tmp_path: Path) -> None:
     Image.new("RGB", (1700, 100)).save(photos / "ribbon.png")
     failed = [record for record in run(photos, tmp_path / "out") if record.failed]

@@ -38,11 +38,13 @@ BATCH = 8  # pictures that a network on a GPU sees at once, where the config doe
 
 @dataclass(frozen=True)
 class Made:
-    """What became of an item: its record without an exemplar, and the highest class index of its label map."""
+    """What became of an item: its record without an exemplar, the highest class index of its label map, and whether
+    its picture was made just now from fewer px than it has."""
 
     index: int
     record: Record
     top: int = -1
+    enlarged: bool = False
 
 
 @dataclass
@@ -71,6 +73,14 @@ class Frame:
         ground = Image.new(image.mode, (box[2] - box[0], box[3] - box[1]), (fill,) * len(image.getbands()))
         ground.paste(image, (-box[0], -box[1]))
         return ground
+
+    @property
+    def shorter(self) -> float:
+        """px of the photograph on that part's shorter side."""
+        if self.corners is not None:
+            return float(np.hypot(*(self.corners[1] - self.corners[0])))
+        left, top, right, bottom = self.box or (0, 0, *self.size)
+        return min(right - left, bottom - top)
 
     def points(self, points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """Points ..,2 in px of the photograph, in px of the part at (width, height) `size`."""
@@ -242,7 +252,8 @@ class Maker:
             seconds=seconds,
             extra=extra | job.stamp.get("extra", {}),
         )
-        return Made(job.index, record, job.stamp.get("top", -1))
+        enlarged = "image" in job.parts and job.frame.shorter < self.data.size
+        return Made(job.index, record, job.stamp.get("top", -1), enlarged)
 
     def _old_stamp(self, item: Item) -> dict[str, Any]:
         try:

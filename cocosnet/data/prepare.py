@@ -288,6 +288,14 @@ class Preparation:
             records.append(self._pair(index, choices[index], making))
             yield records[-1]
         self._write_summary(records)
+        enlarged = sum(made.enlarged for made in self.made.values())
+        if enlarged:
+            log.warning(
+                "enlarged to data.size=%d px on the shorter side: %d of %d pictures; a smaller --size adds no blur",
+                self.config.data.size,
+                enlarged,
+                len(self.items),
+            )
 
     def _choices(self, making: Iterator[Made]) -> list[Sequence[Choice]]:
         """Who may be whose exemplar. Retrieval needs everything made first."""
