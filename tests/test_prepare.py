@@ -218,7 +218,11 @@ def test_label_maps_follow_their_photographs(shared: Path, tmp_path: Path) -> No
 def test_labels_that_do_not_fit_are_error_records(photos: Path, tmp_path: Path) -> None:
     labels = photos / "labels"
     labels.mkdir()
-    first, second, third, *_ = sorted(path for path in photos.iterdir() if path.suffix == ".jpg")
+    first, second, third, fourth, *_ = sorted(path for path in photos.iterdir() if path.suffix == ".jpg")
+    turned = Image.Exif()
+    turned[0x112] = 6
+    Image.new("RGB", (60, 40)).save(fourth, exif=turned)
+    Image.new("L", (60, 40), 2).save(labels / f"{fourth.stem}.png")
     Image.new("L", (64, 64), 2).save(labels / f"{first.stem}.png")
     Image.new("L", (64, 32), 2).save(labels / f"{second.stem}.png")
     Image.new("RGB", (64, 64)).save(labels / f"{third.stem}.png")
@@ -226,7 +230,8 @@ def test_labels_that_do_not_fit_are_error_records(photos: Path, tmp_path: Path) 
     assert len(records) == 6 and not records[first.stem].failed
     assert "proportions" in records[second.stem].error
     assert "class index" in records[third.stem].error
-    assert sum("no condition file" in (record.error or "") for record in records.values()) == 3
+    assert "40x60" in records[fourth.stem].error and "EXIF" in records[fourth.stem].error
+    assert sum("no condition file" in (record.error or "") for record in records.values()) == 2
     with pytest.raises(DataError, match="no such folder"):
         run(photos, tmp_path / "out", config(task="mask", classes=3), labels=tmp_path / "absent")
 

@@ -384,11 +384,17 @@ class Maker:
         return pose.mapped(lambda points: frame.points(points, size), size)
 
     def _check_proportions(self, item: Item, frame: Frame, size: tuple[int, int]) -> None:
-        if abs(size[0] * frame.size[1] / (size[1] * frame.size[0]) - 1) > 0.02:
+        if not _alike(frame.size, size):
+            lying = "; was it made before the photograph was turned upright by its EXIF tag?"
             raise DataError(
                 f"is {frame.size[0]}x{frame.size[1]} px but {shown(item.labels[0])} is {size[0]}x{size[1]}; "
-                "they must have the same proportions"
+                f"they must have the same proportions{lying if _alike(frame.size, size[::-1]) else ''}"
             )
+
+
+def _alike(first: tuple[int, int], second: tuple[int, int]) -> bool:
+    """Whether two sizes have the same proportions, rounding aside."""
+    return abs(second[0] * first[1] / (second[1] * first[0]) - 1) <= 0.02
 
 
 def _each(jobs: list[_Job], step: Callable[[_Job], None]) -> None:
