@@ -127,6 +127,11 @@ def test_any_size(size: tuple[int, int]) -> None:
     assert hed_small_edges(load_hed_small(), [image]).shape == (1, *size[::-1])
 
 
+def test_small_ready_made_edges_stay_as_sharp_as_they_are() -> None:
+    lines = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (60, 40)))
+    assert np.array_equal(np.asarray(get_extractor("image")(lines.convert("RGB"))), np.asarray(lines))
+
+
 def test_size_says_the_shorter_side(shared: Path) -> None:
     image = load_rgb(shared / "demo_images" / "grace_hopper.jpg")
     edges = get_extractor("hed-small")(image, 64)

@@ -84,6 +84,7 @@ class EdgeExtractor:
     name: str
     network: Callable[[Sequence[Image.Image]], Sequence[torch.Tensor]]  # RGB, of one size -> edges H,W float32 in [0,1]
     provenance: dict[str, Any] = field(default_factory=dict)
+    least: int = WORK_SIDE  # px, shorter side of the smallest pictures that the network sees
     task = "edge"
 
     def __call__(self, image: Image.Image, size: int | None = None) -> Image.Image:
@@ -91,14 +92,14 @@ class EdgeExtractor:
 
         Args:
             size: shorter side of the answer in px, by default the picture's own. The network sees the picture with a
-                shorter side of max(size, WORK_SIDE), so give the big picture rather than one already reduced.
+                shorter side of max(size, least), so give the big picture rather than one already reduced.
         """
         return self.many([image], size, 1)[0]
 
     def many(self, images: Sequence[Image.Image], size: int | None, batch: int) -> list[Image.Image]:
         """Edges of several pictures, of which those that the network sees at one size go through it `batch` at once."""
         wanted = [image.size if size is None else shorter_size(image.size, size) for image in images]
-        seen = [resize_shorter(image, max(min(goal), WORK_SIDE)) for image, goal in zip(images, wanted)]
+        seen = [resize_shorter(image, max(min(goal), self.least)) for image, goal in zip(images, wanted)]
         found = [Image.fromarray((e * 255).round().byte().numpy()) for e in in_batches(self.network, seen, batch)]
         return [e if e.size == goal else e.resize(goal, Image.Resampling.BILINEAR) for e, goal in zip(found, wanted)]
 

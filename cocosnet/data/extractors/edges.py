@@ -71,4 +71,4 @@ def image(device: torch.device) -> EdgeExtractor:
     def edges(picture: Image.Image) -> torch.Tensor:
         return torch.from_numpy(np.array(picture.convert("L"))).float() / 255
 
-    return EdgeExtractor("image", lambda images: [edges(image) for image in images], {"network": "image"})
+    return EdgeExtractor("image", lambda images: [edges(image) for image in images], {"network": "image"}, least=1)
