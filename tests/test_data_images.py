@@ -285,6 +285,21 @@ def test_colour_pictures_are_no_labels(tmp_path: Path, photo: Path) -> None:
         load_condition(photo, DataConfig(task="pose"))
 
 
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_indices_of_few_bits_are_not_stretched(tmp_path: Path, depth: int) -> None:
+    """As grey a PNG's largest value is white, whatever its bits; as an index it is what it is."""
+    indices = np.arange(16) % 2**depth
+    bits = "".join(f"{index:0{depth}b}" for index in indices)
+    row = b"\0" + int(bits, 2).to_bytes(len(bits) // 8, "big")
+    header = struct.pack(">IIBBBBB", 16, 1, depth, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(row)), (b"IEND", b"")]
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    ]
+    (tmp_path / "few.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    assert load_labels(tmp_path / "few.png")[0].tolist() == indices.tolist()
+
+
 def test_a_jpeg_is_no_label_map(tmp_path: Path) -> None:
     indices = np.kron(np.arange(64).reshape(8, 8) % 12, np.ones((13, 13))).astype(np.uint8)
     Image.fromarray(indices).save(tmp_path / "labels.png", format="JPEG")

@@ -25,7 +25,8 @@ from cocosnet.files import atomic_path
 log = logging.getLogger(__name__)
 MAX_PIXELS = 150_000_000  # pixels of one picture that we decode (450 MB as RGB); Pillow's own bound is 179 million
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # others are refused: EPS would start a program
-JPEG_MARK = b"\xff\xd8\xff"  # what the file begins with
+JPEG_MARK, PNG_MARK = b"\xff\xd8\xff", b"\x89PNG"  # what files begin with
+PNG_DEPTH, HEAD_BYTES = 24, 26  # where a PNG's bits a value and its colour type are, and where they end
 JPEGS = ("JPEG", "MPO")  # MPO: a JPEG with further pictures behind it, as many phones write them
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 FOREIGN_SUFFIXES = (  # pictures that people have, too
@@ -121,9 +122,11 @@ def load_labels(path: str | Path) -> np.ndarray:
             f"{shown(path)}: a label map has one class index a pixel, this is a {image.mode} picture; "
             "save it as a grey or palette PNG of indices"
         )
-    if _is_jpeg(path):
+    with open(path, "rb") as stream:
+        head = stream.read(HEAD_BYTES)
+    if head.startswith(JPEG_MARK):
         raise DataError(f"{shown(path)}: JPEG does not keep the class index of a pixel; save the label map as PNG")
-    return np.asarray(image).astype(np.int32)
+    return np.asarray(image).astype(np.int32) // _grey_step(head)
 
 
 def picture_size(path: str | Path) -> tuple[int, int]:
@@ -209,9 +212,10 @@ def _check_rows(path: str | Path) -> None:
         raise DataError(f"{shown(path)}: rows are missing, {found / needed:.0%} of the picture is there; copy it again")
 
 
-def _is_jpeg(path: str | Path) -> bool:
-    with open(path, "rb") as stream:
-        return stream.read(len(JPEG_MARK)) == JPEG_MARK
+def _grey_step(head: bytes) -> int:
+    """What a decoder multiplies the values of a grey PNG of 2 or 4 bits by; 1 for any other file."""
+    depth, colour = head[PNG_DEPTH : PNG_DEPTH + 2] if head.startswith(PNG_MARK) else (8, 0)
+    return 255 // (2**depth - 1) if colour == 0 and depth in (2, 4) else 1
 
 
 def _flatten(image: Image.Image) -> Image.Image:
