@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -133,6 +134,12 @@ def test_what_is_no_pose_is_one_line(content: str, says: str, tmp_path: Path) ->
     with pytest.raises(DataError, match=says) as caught:
         read_pose(tmp_path / "bad.json")
     assert "bad.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_pipe_is_no_pose(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pose.json")
+    with pytest.raises(DataError, match="a pipe"):
+        read_pose(tmp_path / "pose.json")
 
 
 def test_channels_are_the_releases(tmp_path: Path) -> None:

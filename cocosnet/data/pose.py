@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageDraw
 from scipy.ndimage import distance_transform_cdt
 
-from cocosnet.data.images import shown
+from cocosnet.data.images import check_file, shown
 from cocosnet.errors import DataError
 from cocosnet.files import atomic_write
 
@@ -102,6 +102,7 @@ def read_pose(path: str | Path, size: tuple[int, int] | None = None) -> Pose:
         DataError: unreadable, of another layout, of an unknown number of joints, or the size is nowhere said.
     """
     path = Path(path)
+    check_file(path)
     try:
         if path.suffix == ".txt":
             people, own = _read_text(path), None
