@@ -127,6 +127,7 @@ def test_written_poses_are_read_back_without_their_picture(tmp_path: Path) -> No
         ('{"people": 3}', "cannot read"),
         ("[" * 100_000, "cannot read"),
         ('{"people": []}', "canvas_width"),
+        ('{"people": [], "canvas_width": 1000000000, "canvas_height": 1000000000}', "at most"),
     ],
 )
 def test_what_is_no_pose_is_one_line(content: str, says: str, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageDraw
 from scipy.ndimage import distance_transform_cdt
 
-from cocosnet.data.images import check_file, shown
+from cocosnet.data.images import MAX_PIXELS, check_file, shown
 from cocosnet.errors import DataError
 from cocosnet.files import atomic_write
 
@@ -124,8 +124,8 @@ def _read_openpose(content: Any, path: Path) -> tuple[np.ndarray, tuple[int, int
         content = content[0]
     people = [_person(person["pose_keypoints_2d"], path) for person in content["people"]]
     own = (int(content["canvas_width"]), int(content["canvas_height"])) if "canvas_width" in content else None
-    if own is not None and min(own) < 1:
-        raise ValueError("canvas_width and canvas_height must be positive")
+    if own is not None and (min(own) < 1 or own[0] * own[1] > MAX_PIXELS):
+        raise ValueError(f"canvas_width and canvas_height must be positive, and at most {MAX_PIXELS:,} px")
     return np.stack(people) if people else np.zeros((0, JOINTS, 3), np.float32), own
 
 
