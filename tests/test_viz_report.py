@@ -132,6 +132,13 @@ def test_label_maps_and_poses_are_drawn_among_conditions(tmp_path, embed):
         assert np.array_equal(np.asarray(shown.convert("L")), np.asarray(Image.open(tmp_path / file)))
 
 
+def test_pictures_get_smaller_the_more_pairs_a_page_has(tmp_path):
+    large = Image.effect_noise((300, 200), 60)
+    rows = [Row("a", {"output": large}), *(Row(str(number)) for number in range(2000))]
+    write_report(tmp_path / "page.html", rows, "t")
+    assert decoded(read(tmp_path / "page.html").images[0]).size == (96, 64)
+
+
 def test_scores_that_are_no_numbers_are_none(tmp_path):
     """Not-a-number compares with nothing: the page could not sort by it."""
     records = [Record("a", extra={"scores": {"psnr": float("nan"), "l1": 0.5}})]

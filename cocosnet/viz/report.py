@@ -11,7 +11,7 @@ import base64
 import html
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -28,7 +28,6 @@ from cocosnet.errors import DataError
 from cocosnet.files import atomic_path
 from cocosnet.viz.canvas import distinct_colors
 
-THUMBNAIL = 256  # px, longer side of a picture inside the page
 QUALITY = 88  # of JPEGs inside the page
 COLUMNS = ("condition", "exemplar", "warp", "output", "target")
 VALUE_DIGITS = 5  # significant digits of a metric
@@ -106,17 +105,21 @@ def write_report(
         title: heading and window title; plain text, as are all names (they are escaped).
         notes: paragraphs below the heading.
         metrics: what `cocosnet.metrics.evaluate` returned, shown as a table.
-        embed: put reduced pictures into the page (about 30 kB each); False links the files by paths relative to the
+        embed: put reduced pictures into the page (about 30 kB each; smaller ones where `rows` has a length and is long,
+            `cocosnet.viz.scores.picture_side`); False links the files by paths relative to the
             page, and only ready pictures and formats that browsers do not know are put in.
 
     Raises:
         DataError: the page cannot be written.
     """
+    from cocosnet.viz.scores import picture_side  # which imports this module
+
     folder = Path(path).absolute().parent
+    side = picture_side(len(rows) if isinstance(rows, Sized) else 0)
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", errors="replace") as page:
         _write_head(page, title, notes, metrics)
         for row in rows:
-            page.writelines(_section(row_of(row) if isinstance(row, Record) else row, folder, embed))
+            page.writelines(_section(row_of(row) if isinstance(row, Record) else row, folder, embed, side))
         page.write("</main>\n</body>\n</html>\n")
 
 
@@ -146,7 +149,7 @@ def metrics_table(result: Mapping[str, Any]) -> Iterator[str]:
     yield f"</table>\n<p><small>{result['count']} pairs measured, {result['failed']} failed</small></p>\n"
 
 
-def _section(row: Row, folder: Path, embed: bool) -> Iterator[str]:
+def _section(row: Row, folder: Path, embed: bool, side: int) -> Iterator[str]:
     """One pair: name, note or error, and its pictures."""
     yield f"<section>\n<h2>{html.escape(row.name)}</h2>\n"
     if row.note:
@@ -155,19 +158,19 @@ def _section(row: Row, folder: Path, embed: bool) -> Iterator[str]:
         yield f'<p class="bad">{html.escape(row.error)}</p>\n'
     yield '<div class="pictures">\n'
     for title, picture in row.pictures.items():
-        yield f"<figure>{_picture(picture, title, row.name, folder, embed)}<figcaption>{html.escape(title)}"
+        yield f"<figure>{_picture(picture, title, row.name, folder, embed, side)}<figcaption>{html.escape(title)}"
         yield "</figcaption></figure>\n"
     yield "</div>\n</section>\n"
 
 
-def _picture(picture: str | Path | Image.Image, title: str, name: str, folder: Path, embed: bool) -> str:
+def _picture(picture: str | Path | Image.Image, title: str, name: str, folder: Path, embed: bool, side: int) -> str:
     """The img element, or why there is none."""
     try:
-        image, as_it_is = shown_picture(title, picture, THUMBNAIL if embed else None)
+        image, as_it_is = shown_picture(title, picture, side if embed else None)
     except DataError as error:
         return f'<p class="bad">{html.escape(str(error))}</p>'
     link = as_it_is and not embed and Path(picture).suffix.lower() in WEB_SUFFIXES
-    reduced = image if link else thumbnail(image)
+    reduced = image if link else thumbnail(image, side)
     source = _relative(picture, folder) if link else data_uri(reduced)
     return (
         f'<img src="{source}" width="{reduced.width}" height="{reduced.height}" '
@@ -222,10 +225,10 @@ def _relative(path: str | Path, folder: Path) -> str:
     return html.escape(quote(os.fsencode(Path(os.path.relpath(os.path.abspath(path), folder)).as_posix())))
 
 
-def thumbnail(image: Image.Image) -> Image.Image:
-    """A copy of mode RGB whose longer side is at most 256 px."""
+def thumbnail(image: Image.Image, side: int) -> Image.Image:
+    """A copy of mode RGB whose longer side is at most `side` px."""
     reduced = image.convert("RGB")
-    reduced.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    reduced.thumbnail((side, side), Image.Resampling.LANCZOS)
     return reduced
 
 
