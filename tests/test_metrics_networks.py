@@ -19,6 +19,7 @@ from cocosnet.data.records import Record
 from cocosnet.errors import ConfigError, MissingWeights
 from cocosnet.losses.perceptual import Vgg, load_perceptual
 from cocosnet.metrics import Evaluation, evaluate, get_metric
+from cocosnet.metrics.evaluation import BATCH_PIXELS
 from cocosnet.metrics.fid import GaussianFit, frechet_distance, squared_mmd
 
 
@@ -158,6 +159,17 @@ def test_pictures_of_another_size_than_the_regions_pass_the_network_once_for_eac
     for metric in metrics:
         metric.update(*(roles[role] for role in metric.needs))
     assert sorted(passes) == [96] * 3 + [256] * 3
+
+
+def test_a_batch_of_small_pictures_takes_no_more_memory_than_one_of_large_ones(vgg, monkeypatch, tmp_path):
+    """By region everything is enlarged to 256x256: a thousand thumbnails at once would take 17 GB."""
+    smooth_picture(1, (16, 16)).save(tmp_path / "o.png")
+    Image.new("L", (16, 16)).save(tmp_path / "labels.png")
+    picture, labels, passes, counted = str(tmp_path / "o.png"), str(tmp_path / "labels.png"), [], Vgg.maps
+    monkeypatch.setattr(Vgg, "maps", lambda self, image: passes.append(image[:, 0].numel()) or counted(self, image))
+    record = Record(id="a", output=picture, exemplar=picture, condition=labels, exemplar_condition=labels)
+    assert evaluate([record] * 9, ["style_color_region"])["count"] == 9
+    assert sum(passes) == 2 * 9 * 256**2 and max(passes) <= BATCH_PIXELS
 
 
 def test_semantic_looks_through_vgg19_as_torchvision_has_it(monkeypatch, tmp_path):

@@ -22,6 +22,7 @@ class Metric(ABC):
         protocol: one line that fixes everything the value depends on except the pictures.
         needs: the roles (fields of a pair record) that `update` takes, in that order.
         smallest: shortest side in px that the metric can handle.
+        side: px, the square that every picture is brought to, so that small ones cost as much; 0: their own size.
         same_size: True where the pictures of a pair must agree in size (they are never resized to fit).
         weights: names of the external weight files (`cocosnet.weights`) that the value depends on.
         from_statistics: True where a side can be a file of statistics instead of pictures (`use_statistics`).
@@ -31,6 +32,7 @@ class Metric(ABC):
     protocol: str
     needs: tuple[str, ...] = ("output", "target")
     smallest: int = 1
+    side: int = 0
     same_size: bool = True
     weights: tuple[str, ...] = ()
     from_statistics: bool = False

@@ -126,6 +126,7 @@ class SemanticRegion(VggCosine):
 
     name = "semantic_region"
     needs = ("output", "target", "labels")
+    side = SIDE
     text = (
         "output against target at 256x256, cosine of the mean features of each label's pixels (nearest), "
         "weighted by the label's area"

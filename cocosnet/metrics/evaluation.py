@@ -132,15 +132,17 @@ class Evaluation:
                 metric.absorb(state)
 
     def _batches(self, records: Iterable[tuple[int, Record]]) -> Iterator[list[_Pair]]:
-        """Readable pairs, neighbours of the same sizes together, as many as BATCH_PIXELS allows."""
+        """Readable pairs, neighbours of the same sizes together, as many as BATCH_PIXELS allows at a network's size."""
         batch: list[_Pair] = []
+        enlarged = max(metric.side for metric in self.metrics.values()) ** 2
         for index, record in records:
             try:
                 pair = self._read(index, record)
             except DataError as error:
                 self._gathered.fail(index, record, str(error))
                 continue
-            if batch and (pair.sizes != batch[0].sizes or (len(batch) + 1) * pair.pixels > self._batch_pixels()):
+            pixels = (len(batch) + 1) * max(pair.pixels, enlarged)
+            if batch and (pair.sizes != batch[0].sizes or pixels > self._batch_pixels()):
                 yield batch
                 batch = []
             batch.append(pair)

@@ -109,6 +109,7 @@ class FID(Frechet):
         "pytorch-fid Inception pool3, 2048 features, sample covariances, Frechet distance in float64"
     )
     dimension = FEATURES
+    side = INPUT_SIZE
     weights = (WEIGHTS,)
 
     def __init__(self, device: str | torch.device = "cpu", seed: int = 0) -> None:
@@ -148,6 +149,7 @@ class KID(Metric):
         "(x.y / 2048 + 1)^3, all pictures up to 1000 a side, beyond that mean of 100 random subsets of 1000"
     )
     same_size = False
+    side = INPUT_SIZE
     weights = (WEIGHTS,)
 
     def __init__(self, device: str | torch.device = "cpu", seed: int = 0) -> None:
