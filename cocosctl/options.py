@@ -11,7 +11,7 @@ Json = Annotated[bool, Option("--json", help="Print data as JSON, one object a l
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Say nothing on stderr but errors.")]
 Verbose = Annotated[bool, Option("--verbose", "-v", help="Say more on stderr.")]
 Device = Annotated[str, Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")]
-Seed = Annotated[int | None, Option("--seed", metavar="N", help="Seed of every random choice.")]
+Seed = Annotated[int | None, Option("--seed", metavar="N", min=0, max=2**63 - 1, help="Seed of every random choice.")]
 Workers = Annotated[int | None, Option("--workers", metavar="N", min=0, help="Processes that load data.")]
 Limit = Annotated[int | None, Option("--limit", metavar="N", min=1, help="Stop after N items.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Make again what is up to date.")]

@@ -110,6 +110,8 @@ def test_aliases_are_the_same_command(alias, name):
         (["translate", "a.png", "b.png", "-m", "-", "-o", "o", "-w", "demo"], "not both"),
         (["eval", "--metrics", "psnr"], "--outputs and --targets"),
         (["eval", "--metrics", "psnr", "-m", "-", "--outputs", "x"], "not both"),
+        (["eval", "--metrics", "swd", "--outputs", "x", "--targets", "y", "--seed", 2**63], "'--seed'"),
+        (["prepare", "x", "-o", "y", "--task", "edge", "--seed", -1], "'--seed'"),
         (["config"], "Missing command"),
         (["--nope"], "No such option: --nope"),
         (["translate", "a", "b", "-o", "c", "-w", "demo", "--limit", "none"], "valid integer"),
