@@ -46,14 +46,21 @@ def evaluate(
     ] = None,
     scores: Annotated[
         Path | None,
-        Option("--scores", metavar="FILE", help="Write the records with each pair's scores, as a manifest."),
+        Option(
+            "--scores", metavar="FILE", dir_okay=False, help="Write the records with each pair's scores, as a manifest."
+        ),
     ] = None,
     report: Annotated[
-        Path | None, Option("--report", metavar="DIR", help="Write DIR/index.html, a page to sort.")
+        Path | None, Option("--report", metavar="DIR", file_okay=False, help="Write DIR/index.html, a page to sort.")
     ] = None,
     save_stats: Annotated[
         Path | None,
-        Option("--save-stats", metavar="FILE", help="Write the outputs' statistics (fid, fd_vgg16) as .npz."),
+        Option(
+            "--save-stats",
+            metavar="FILE",
+            dir_okay=False,
+            help="Write the outputs' statistics (fid, fd_vgg16) as .npz.",
+        ),
     ] = None,
     device: options.Device = "auto",
     seed: options.Seed = None,
@@ -75,6 +82,8 @@ def evaluate(
     sources = {role: path for role, path in sources.items() if path is not None}
     if manifest is None and outputs is None:
         raise typer.BadParameter("give --manifest, or --outputs and --targets", param_hint="--manifest")
+    if save_stats is not None and save_stats.suffix != STATISTICS:  # by which --targets knows statistics
+        raise typer.BadParameter(f"{save_stats}: give a name that ends in {STATISTICS}", param_hint="--save-stats")
     sides = _sides(sources, manifest, save_stats)
     records = _records(manifest, {role: path for role, path in sources.items() if role not in sides}, limit)
     out = Output(as_json, quiet, verbose)

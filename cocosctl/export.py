@@ -19,7 +19,15 @@ SIZE = re.compile(r"(\d{1,5})(?:x(\d{1,5}))?")
 def export(
     weights: options.Model,
     output: Annotated[
-        Path, Option("--output", "-o", metavar="FILE", show_default=False, help="Ends in .pt2 (torch.export) or .onnx.")
+        Path,
+        Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            dir_okay=False,
+            show_default=False,
+            help="Ends in .pt2 (torch.export) or .onnx.",
+        ),
     ],
     size: Annotated[
         str | None, Option("--size", metavar="HxW", help="Condition's size in px; one number is a square.")

@@ -28,6 +28,7 @@ def translate(
         Option(
             "--report",
             metavar="FILE",
+            dir_okay=False,
             help="Also write an HTML page, and the conditions and warps that it shows to OUT/.parts; makes all again.",
         ),
     ] = None,
