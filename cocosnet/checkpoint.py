@@ -40,15 +40,20 @@ def load_model(weights: str | Path, device: str = "auto") -> Model:
     """
     target = resolve_device(device)
     path = find_checkpoint(weights)
-    model = build_model(read_checkpoint(path)[0])
-    load_tensors(model, path)
+    config, tensors = read_checkpoint(path)
+    model = build_model(config)
+    fill_model(model, tensors, path)
     model = model.to(target, memory_format=layout_of(model.config))
     return model.eval().requires_grad_(False)
 
 
 def load_tensors(model: Model, path: Path) -> None:
     """Fill a model from a checkpoint, whose every tensor must fit. Raises CheckpointError listing what does not."""
-    tensors = read_checkpoint(path)[1]
+    fill_model(model, read_checkpoint(path)[1], path)
+
+
+def fill_model(model: Model, tensors: dict[str, Tensor], path: Path) -> None:
+    """As `load_tensors`, with the tensors that were read from `path`."""
     _check_fit(path, model.state_dict(), tensors)
     model.load_state_dict(tensors)
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cocosnet import __version__
-from cocosnet.checkpoint import CONFIG_KEY, find_checkpoint, load_model, load_tensors, read_checkpoint
+from cocosnet.checkpoint import CONFIG_KEY, fill_model, find_checkpoint, load_model, read_checkpoint
 from cocosnet.config import Config, config_to_dict
 from cocosnet.data.images import load_rgb, shown, to_tensor
 from cocosnet.errors import CocosError, ConfigError, DataError, MissingDependency
@@ -142,12 +142,12 @@ def load_plain(weights: str | Path) -> Model:
     Raises as `load_model`.
     """
     path = find_checkpoint(weights)
-    config = read_checkpoint(path)[0]
+    config, tensors = read_checkpoint(path)
     if config.model.matching.backend != "exact":  # which is plain PyTorch too, and another result
         matching = dataclasses.replace(config.model.matching, backend="reference")
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, matching=matching))
     model = build_model(config)
-    load_tensors(model, path)
+    fill_model(model, tensors, path)
     fold_spectral_norms(model.eval().requires_grad_(False))
     return model
 

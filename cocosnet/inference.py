@@ -30,6 +30,7 @@ from cocosnet.model.build import Model
 from cocosnet.model.cocosnet import Output
 from cocosnet.model.layers import fold_spectral_norms
 from cocosnet.precision import autocast, full_float32, layout_of, precision_of
+from cocosnet.weights import sha256_of
 
 STAMP_KEY = "cocosctl.stamp"  # text chunk of a written PNG: what it was made of
 STAMP = {"made_of", "extractor", "condition_source"}  # keys of that JSON
@@ -76,9 +77,10 @@ class Translator:
         size: int | None = None,
         keep_parts: bool = False,
     ):
-        self.model: Model = load_model(weights, device)
-        fold_spectral_norms(self.model)
         self.checkpoint, self.raw, self.size, self.keep_parts = find_checkpoint(weights), raw, size, keep_parts
+        self.fingerprint = sha256_of(self.checkpoint)  # first: outputs of what a training run puts here later are stale
+        self.model: Model = load_model(self.checkpoint, device)
+        fold_spectral_norms(self.model)
         self.device = next(self.model.parameters()).device
 
     @property
@@ -95,11 +97,6 @@ class Translator:
     def extractor(self) -> Extractor:
         """The extractor of edges or poses that the model was trained with; for ready-made poses any."""
         return condition_extractor(self.data, self.device)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of the checkpoint's bytes: part of what an output is made of."""
-        return hashlib.sha256(self.checkpoint.read_bytes()).hexdigest()
 
     def translate(self, record: Record, output: Path, overwrite: bool = False) -> Record:
         """Render one record to `output`; skipped where the file is there and was made of the same inputs.

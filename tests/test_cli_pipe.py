@@ -22,6 +22,8 @@ from cocosctl import app
 from cocosnet import CoCosNet, load_config, weights
 from cocosnet.checkpoint import save_model
 from cocosnet.data.extractors.hed import HED
+from cocosnet.data.records import read_manifest
+from cocosnet.inference import Translator
 from cocosnet.model.build import build_model
 
 CLI = " ".join([sys.executable, "-m", "cocosctl"])
@@ -292,6 +294,17 @@ def test_a_second_run_skips_and_overwrite_does_not(place, invoke):
     assert (code, len(out.splitlines())) == (0, 2) and "2 up to date" in err
     assert "2 done" in invoke(*command, "--overwrite")[2]
     assert invoke(*command, "--quiet")[2] == ""
+
+
+def test_what_old_weights_made_is_stale_for_those_that_came_while_they_were_in_use(place, tmp_path):
+    """As where `translate -m -` waits for its records while a training run saves."""
+    checkpoint, record = tmp_path / "model.safetensors", read_manifest(place / "prep")[0]
+    save_model(checkpoint, CoCosNet(load_config("tiny-cpu")))
+    waiting = Translator(checkpoint, "cpu")
+    save_model(checkpoint, CoCosNet(load_config("tiny-cpu")))
+    assert waiting.translate(record, tmp_path / "o.png").status == "ok"
+    assert waiting.translate(record, tmp_path / "o.png").status == "skipped"
+    assert Translator(checkpoint, "cpu").translate(record, tmp_path / "o.png").status == "ok"
 
 
 def test_other_extractors_make_outputs_anew_and_what_is_kept_says_how_it_was_made(place, invoke, monkeypatch, tmp_path):
