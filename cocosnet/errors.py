@@ -36,3 +36,10 @@ class MissingDependency(CocosError):
 
 class Stopped(CocosError):
     """A signal asked to stop; the state was saved and the work can be resumed (exit code 75)."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the memory of the GPU or of the machine did not suffice; PyTorch has a class for the former only."""
+    import torch
+
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

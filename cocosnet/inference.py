@@ -24,7 +24,7 @@ from cocosnet.data.conditions import condition_filter, condition_to_tensor, load
 from cocosnet.data.extractors import Extractor, condition_extractor
 from cocosnet.data.images import check_file, load_rgb, resize_shorter, save_image, shown, to_image, to_tensor
 from cocosnet.data.records import Record
-from cocosnet.errors import ConfigError, DataError
+from cocosnet.errors import ConfigError, DataError, is_out_of_memory
 from cocosnet.files import atomic_path
 from cocosnet.model.build import Model
 from cocosnet.model.cocosnet import Output
@@ -102,7 +102,7 @@ class Translator:
         """Render one record to `output`; skipped where the file is there and was made of the same inputs.
 
         Raises:
-            DataError: an input cannot be read, or the output cannot be written.
+            DataError: an input cannot be read, the memory does not suffice, or the output cannot be written.
         """
         start, made_of = time.perf_counter(), self._digest(record)
         if not overwrite and (found := self._up_to_date(made_of, output)):
@@ -173,9 +173,18 @@ class Translator:
     def _run(self, record: Record) -> tuple[Pair, Output]:
         pair = self.load_pair(record)
         place = {"device": self.device, "memory_format": layout_of(self.model.config)}
-        other = None if pair.exemplar_condition is None else pair.exemplar_condition.to(**place)
-        with autocast(self.precision, self.device), full_float32():
-            return pair, self.model(pair.condition.to(**place), pair.exemplar.to(**place), other)
+        inputs = (pair.condition, pair.exemplar, pair.exemplar_condition)
+        try:
+            with autocast(self.precision, self.device), full_float32():
+                return pair, self.model(*(tensor if tensor is None else tensor.to(**place) for tensor in inputs))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            height, width = pair.condition.shape[-2:]
+            raise DataError(
+                f"{shown(record.condition)}: {width}x{height} px take more memory than there is ({self.device}); ask "
+                "for a smaller --size"
+            ) from error
 
     def _condition(self, path: str, raw: bool) -> tuple[Tensor, dict[str, Any]]:
         """The condition tensor 1,C,H,W of a file, and how it came about."""

@@ -26,6 +26,16 @@ from cocosnet.data.records import read_manifest
 from cocosnet.inference import Translator
 from cocosnet.model.build import build_model
 
+# Runs the command lines of a JSON list, the second one with 200 MB more than the first has needed.
+SHORT_OF_MEMORY = """
+import json, resource, sys
+from cocosctl.app import run
+first, second = json.loads(sys.argv[1])
+assert run(first) == 0
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20,) * 2)
+sys.exit(run(second))
+"""
 CLI = " ".join([sys.executable, "-m", "cocosctl"])
 
 
@@ -257,6 +267,40 @@ def test_two_processes_share_the_records_and_the_first_one_speaks(place, invoke,
     assert both.stderr.count("3 done, 0 up to date, 2 failed") == 1
     made = {path.name: path.read_bytes() for path in two.iterdir()}
     assert len(made) == 3 and made == {path.name: path.read_bytes() for path in one.iterdir()}
+
+
+def short_of_memory(first: list, second: list) -> subprocess.CompletedProcess[str]:
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs to know how much memory a process has")
+    return subprocess.run(
+        [sys.executable, "-c", SHORT_OF_MEMORY, json.dumps([first, second], default=str)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=clean_environment(),
+    )
+
+
+def test_a_picture_too_large_for_the_memory_does_not_stop_the_others(place, tmp_path):
+    Image.new("L", (60000, 32)).save(tmp_path / "long.png")
+    good, exemplar = place / "edges" / "p0.png", place / "photos" / "p1.png"
+    files = {"long": tmp_path / "long.png", "good": good}
+    records = [{"id": name, "condition": str(file), "exemplar": str(exemplar)} for name, file in files.items()]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    options = ["-w", place / "tiny.safetensors", "-q", "-o", tmp_path / "o.png"]
+    many = ["translate", "-m", tmp_path / "m.jsonl", *options[:-1], tmp_path / "o"]
+    done = short_of_memory(["translate", good, exemplar, *options], many)
+    assert done.returncode == 4 and done.stdout.splitlines()[1:] == [str(tmp_path / "o" / "good.png")], done.stderr
+    assert len(done.stderr.splitlines()) == 1 and "long.png: 60000x32 px take more memory" in done.stderr
+
+
+def test_a_metric_that_needs_more_memory_than_there_is_is_named(tmp_path):
+    Image.new("RGB", (4000, 3000)).save(tmp_path / "big.png")
+    (tmp_path / "list.txt").write_text("big.png\n")
+    measure = ["eval", "--outputs", tmp_path / "list.txt", "--targets", tmp_path / "list.txt", "-q", "--metrics"]
+    done = short_of_memory([*measure, "l1"], [*measure, "ssim"])
+    assert (done.returncode, len(done.stdout.splitlines()), len(done.stderr.splitlines())) == (3, 1, 1), done.stderr
+    assert "1 big: ssim of 4000x3000 px takes more memory" in done.stderr
 
 
 def test_processes_cannot_share_stdin():

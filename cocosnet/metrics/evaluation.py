@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import platform
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from cocosnet.data.images import find_images, load_labels, load_rgb, shown
 from cocosnet.data.records import PATH_FIELDS, Record
-from cocosnet.errors import ConfigError, DataError
+from cocosnet.errors import ConfigError, DataError, is_out_of_memory
+from cocosnet.metrics.base import size_text
 from cocosnet.metrics.registry import get_metric
 from cocosnet.metrics.shards import ALONE, Shards
 from cocosnet.weights import fingerprint
@@ -174,7 +176,8 @@ class Evaluation:
         scores: list[dict[str, float | None]] = [{} for _ in batch]
         for name, metric in self.metrics.items():
             start = time.perf_counter()
-            found = metric.update(*(pictures[role] for role in metric.needs))
+            with _memory_named(name, batch[0], self._device):
+                found = metric.update(*(pictures[role] for role in metric.needs))
             if self._device.type == "cuda":
                 torch.cuda.synchronize()
             self._gathered.seconds[name] += time.perf_counter() - start
@@ -221,6 +224,21 @@ class _Pair:
     @property
     def pixels(self) -> int:
         return max(picture.shape[-2:].numel() for picture in self.pictures.values())
+
+
+@contextlib.contextmanager
+def _memory_named(metric: str, pair: _Pair, device: torch.device) -> Iterator[None]:
+    """Raises DataError with what to do where a metric needs more memory than there is."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        sizes = ", ".join(dict.fromkeys(size_text(picture) for picture in pair.pictures.values()))
+        raise DataError(
+            f"{shown(pair.record.id)}: {metric} of {sizes} px takes more memory than there is ({device}); leave this "
+            "metric out, measure smaller pictures, or take another --device"
+        ) from error
 
 
 @dataclass
