@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import platform
+import re
 import shutil
 import time
+from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 from cocosctl import options
 from cocosctl.output import Output
 from cocosnet import __version__
 
+BROKEN = "does not load"
+OPTIONAL = re.compile(r"""([\w.-]+).*extra == "(\w+)"\)?""")  # a requirement of an extra: package and extra
+
 
 def doctor(as_json: options.Json = False, quiet: options.Quiet = False) -> None:
-    """Report Python, PyTorch, devices, the speed of bf16, weights and free disk space, one `name value` a line."""
+    """Report Python, PyTorch, devices, the speed of bf16, optional packages, weights and free disk space.
+
+    One `name value` a line. What is broken is said in its line.
+    """
     out = Output(as_json, quiet)
     report: dict[str, Any] = {
         "cocosctl": __version__,
         "python": platform.python_version(),
         "system": platform.platform(),
         **_torch_facts(),
+        **_package_facts(),
         **_weight_facts(),
     }
     report["disk_free_gb"] = round(shutil.disk_usage(os.getcwd()).free / 1e9, 1)
@@ -30,19 +40,43 @@ def doctor(as_json: options.Json = False, quiet: options.Quiet = False) -> None:
 
 def _torch_facts() -> dict[str, Any]:
     """Versions and devices, and how much quicker bf16 is on the device that `auto` means."""
+    facts = {name: _loaded_version(name) for name in ("torch", "torchvision")}
+    if facts["torch"].startswith(BROKEN):
+        return facts
     import torch
-    import torchvision
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    facts = {
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+    facts |= {
         "cpu_threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if device == "cuda" else None,
     }
     if device == "cuda":
         facts["cuda_memory_gb"] = round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1)
     return facts | {"bf16_speedup": _bf16_speedup(device)}
+
+
+def _loaded_version(name: str) -> str:
+    """The version of a package that loads, else why it does not: a torchvision made for another PyTorch is common."""
+    try:
+        return importlib.import_module(name).__version__
+    except Exception as error:  # a broken package raises anything
+        return f"{BROKEN} ({' '.join(str(error).split())}); install torch and torchvision from one index in one command"
+
+
+def _package_facts() -> dict[str, str]:
+    """The version of each optional package, or the extra that brings it; nothing where cocosctl is not installed."""
+    try:
+        needed = [OPTIONAL.fullmatch(text) for text in requires("cocosctl") or ()]
+    except PackageNotFoundError:
+        return {}
+    return {f"package.{found[1]}": _installed(*found.groups()) for found in needed if found and found[2] != "dev"}
+
+
+def _installed(package: str, extra: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return f"absent; pip install 'cocosctl[{extra}]'"
 
 
 def _bf16_speedup(device: str) -> float:

@@ -6,6 +6,7 @@ A name stands for "module:attribute", which is imported when it is asked for, ne
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -37,4 +38,20 @@ def open_door(name: str, kind: str, table: Mapping[str, EntryPoint]) -> Any:
     except Exception as error:  # another package's import may fail in any way
         raise MissingDependency(
             f"{kind} {name!r}: cannot import {table[name].value} ({error}); mend or remove the package that offers it"
+        ) from error
+
+
+def import_package(module: str, user: str, package: str) -> Any:
+    """Import a module of another package; `user` ("fid") is what needs it, `package` what it is installed as.
+
+    Raises:
+        MissingDependency: it is absent or broken, such as by a torchvision that was made for another PyTorch.
+    """
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # a broken package raises anything
+        reason = " ".join(str(error).split())
+        raise MissingDependency(
+            f"{user} needs {package}, which does not load ({reason}); install it again, and torchvision from the index "
+            "that PyTorch came from"
         ) from error

@@ -58,3 +58,11 @@ def draw_pictures(folder: Path, count: int, size: tuple[int, int] = (48, 40)) ->
         )
         picture.save(folder / f"p{index}.png")
     return folder
+
+
+def broken_torchvision(folder: Path) -> None:
+    """Put a torchvision into `folder` that fails as one that was made for another PyTorch."""
+    (folder / "torchvision").mkdir()
+    (folder / "torchvision" / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )

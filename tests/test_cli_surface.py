@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 import pytest
 import typer
-from cli_tools import ROOT, clean_environment, run
+from cli_tools import ROOT, broken_torchvision, clean_environment, run
 
 import cocosnet
 from cocosctl.registry import ALIASES, COMMANDS, load_command
@@ -177,3 +177,10 @@ def test_weights_list_says_what_is_where(tmp_path):
 def test_doctor_is_one_object():
     report = json.loads(run("doctor", "--json").stdout)
     assert report["torch"] and report["bf16_speedup"] > 0 and "weights.hed" in report
+    assert report["package.tensorboard"] and "package.pytest" not in report
+
+
+def test_doctor_finds_a_torchvision_of_another_torch(tmp_path):
+    broken_torchvision(tmp_path)
+    report = json.loads(run("doctor", "--json", PYTHONPATH=str(tmp_path)).stdout)
+    assert "does not load (operator torchvision::nms" in report["torchvision"] and report["bf16_speedup"] > 0

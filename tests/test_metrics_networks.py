@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cli_tools import broken_torchvision, clean_environment
 from metric_tools import accept, picture_tensor, randomise, smooth_picture, write_random_trunk, write_random_vgg
 from PIL import Image
 from torchvision.models import alexnet
@@ -293,6 +296,24 @@ def test_lpips_and_diversity_equal_the_package(alexnet_home, monkeypatch, tmp_pa
     assert found["value"] == pytest.approx(np.mean([distance(0, 1), distance(0, 2), distance(1, 2)]), rel=1e-5)
     assert found["conditions"] == 1
     assert evaluate(records[3:], ["diversity"])["metrics"]["diversity"]["value"] is None
+
+
+def test_packages_that_do_not_load_are_named(tmp_path):
+    broken_torchvision(tmp_path)
+    code = """
+from cocosnet.errors import MissingDependency
+from cocosnet.metrics import features, fid
+for build in (fid._build_inception, lambda: features.load_lpips("alex", None)):
+    try:
+        build()
+    except MissingDependency as error:
+        print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=clean_environment(PYTHONPATH=str(tmp_path))
+    )
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["fid", "lpips"], done.stderr
+    assert done.stdout.count("nms does not exist") == 2
 
 
 def test_lpips_of_vgg_is_the_published_formula(monkeypatch, tmp_path):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cocosnet.doors import import_package
 from cocosnet.errors import CheckpointError
 from cocosnet.losses.perceptual import Vgg, load_perceptual
 from cocosnet.weights import fingerprint
@@ -115,10 +116,10 @@ def load_lpips(network: str, path: Path) -> torch.nn.Module:
     """The package's LPIPS (version 0.1) with the trunk "alex" or "vgg" from torchvision's file at `path`.
 
     Raises:
+        MissingDependency: the package does not load.
         CheckpointError: the file is damaged or of another network.
     """
-    import lpips
-
+    lpips = import_package("lpips", "lpips", "the package lpips")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the package calls torchvision in an old way
         model = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)  # "rand": it must not fetch the trunk itself

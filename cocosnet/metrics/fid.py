@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from cocosnet import weights
 from cocosnet.data.images import shown
-from cocosnet.errors import CheckpointError, DataError, MissingDependency
+from cocosnet.doors import import_package
+from cocosnet.errors import CheckpointError, DataError
 from cocosnet.files import atomic_path
 from cocosnet.metrics.base import Metric
 from cocosnet.metrics.features import Remembering, vgg_features
@@ -233,7 +234,7 @@ def load_inception(path: Any) -> nn.Module:
     """The network of pytorch-fid with the weights of `path`, up to its features: B,3,299,299 in [-1,1] to B,2048.
 
     Raises:
-        MissingDependency: pytorch-fid is not installed.
+        MissingDependency: pytorch-fid or torchvision does not load.
         CheckpointError: the file is damaged or of another network.
     """
     network = _build_inception()
@@ -248,12 +249,10 @@ def load_inception(path: Any) -> nn.Module:
 
 def _build_inception() -> nn.Module:
     """torchvision's Inception v3 with the blocks that pytorch-fid replaces; weights are left as they were allocated."""
-    try:
-        from pytorch_fid import inception as parts
-        from torchvision.models import Inception3
-    except ImportError as error:
-        raise MissingDependency("fid needs the package pytorch-fid; run `pip install pytorch-fid`") from error
-    network = Inception3(num_classes=1008, aux_logits=False, transform_input=False, init_weights=False)
+    parts = import_package("pytorch_fid.inception", "fid", "pytorch-fid")
+    network = import_package("torchvision.models", "fid", "torchvision").Inception3(
+        num_classes=1008, aux_logits=False, transform_input=False, init_weights=False
+    )
     network.Mixed_5b = parts.FIDInceptionA(192, pool_features=32)
     network.Mixed_5c = parts.FIDInceptionA(256, pool_features=64)
     network.Mixed_5d = parts.FIDInceptionA(288, pool_features=64)

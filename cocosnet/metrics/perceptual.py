@@ -119,7 +119,7 @@ def shared_lpips(network: str, device: torch.device) -> nn.Module:
     """The network with the trunk "alex" or "vgg", loaded once while the weight file is the same.
 
     Raises:
-        ConfigError: another name. MissingWeights, CheckpointError: as `load_lpips`.
+        ConfigError: another name. MissingWeights, MissingDependency, CheckpointError: as `find_weights`, `load_lpips`.
     """
     if network not in TRUNKS:
         raise ConfigError(f"lpips: no trunk is called {network!r}; known are {', '.join(TRUNKS)}")
