@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -38,7 +40,10 @@ def _row(command: Command, active: bool, check: bool) -> dict[str, Any]:
     state = "active" if active else "hidden by another command of this name"
     if check and active:
         try:
-            load_command(command)
+            with contextlib.redirect_stdout(
+                sys.stderr
+            ):  # what a package prints while it is imported is none of our data
+                load_command(command)
             state = "loads"
         except MissingDependency as error:
             state = str(error)

@@ -11,9 +11,9 @@ and its distribution's summary is what the root help shows.
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import typer
@@ -54,10 +54,8 @@ ALIASES = {"prepare-data": "prepare", "evaluate": "eval"}
 
 def plugin_commands() -> list[Command]:
     """The commands that installed packages declare, by name; reads their metadata and imports none of them."""
-    from importlib.metadata import entry_points
-
     found = [
-        Command(point.name, point.value, _summary(point), point.dist.name if point.dist else "unknown")
+        Command(point.name, point.value, _summary(point), (point.dist and point.dist.name) or "unknown")
         for point in entry_points(group=PLUGIN_GROUP)
     ]
     return sorted(found, key=lambda command: (command.name, command.origin))
@@ -80,11 +78,10 @@ def load_command(command: Command) -> Any:
             not touched by it. A built-in command's own import error is a defect and is raised as it is.
     """
     try:
-        module, _, attribute = command.target.partition(":")
-        return _as_command(getattr(importlib.import_module(module), attribute))
+        return _as_command(EntryPoint(command.name, command.target, PLUGIN_GROUP).load())
     except CocosError:
         raise
-    except Exception as error:  # whatever a foreign module raises while it is imported
+    except (Exception, SystemExit) as error:  # whatever a foreign module raises while it is imported
         if command.origin == BUILT_IN:
             raise
         raise MissingDependency(
@@ -134,8 +131,8 @@ def _described(command: Command) -> str:
 
 
 def _summary(point: Any) -> str:
-    summary = (point.dist.metadata["Summary"] or "").strip() if point.dist else ""
-    return " ".join(summary.split()) or "(no summary)"
+    summary = (point.dist.metadata or {}).get("Summary") if point.dist else None
+    return " ".join((summary or "").split()) or "(no summary)"
 
 
 def _nearest(word: str, words: Iterable[str]) -> str:

@@ -5,8 +5,10 @@ A name stands for "module:attribute", which is imported when it is asked for, ne
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
+import sys
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -32,10 +34,11 @@ def open_door(name: str, kind: str, table: Mapping[str, EntryPoint]) -> Any:
         guess = f" (did you mean {close[0]!r}?)" if close else ""
         raise ConfigError(f"no {kind} is called {name!r}{guess}; it is one of {', '.join(sorted(table))}")
     try:
-        return table[name].load()
+        with contextlib.redirect_stdout(sys.stderr):  # where stdout is for data, a package's greeting is none
+            return table[name].load()
     except CocosError:
         raise
-    except Exception as error:  # another package's import may fail in any way
+    except (Exception, SystemExit) as error:  # another package's import may fail in any way
         raise MissingDependency(
             f"{kind} {name!r}: cannot import {table[name].value} ({error}); mend or remove the package that offers it"
         ) from error

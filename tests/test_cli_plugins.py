@@ -32,6 +32,7 @@ def site(tmp_path):
             "greeter": '''
 import sys, typer
 print("greeter is imported", file=sys.stderr)
+if "--check" in sys.argv: print("hello from greeter")
 app = typer.Typer()
 @app.command()
 def hello(): print("hello")
@@ -46,8 +47,8 @@ def greet(name: str, loud: bool = False):
     install(
         tmp_path,
         "broken",
-        "crash = broken:main\nabsent = broken_too:main\nnothing = greeter:nothing",
-        {"broken": "raise RuntimeError('out of order')"},
+        "crash = broken:main\nabsent = broken_too:main\nnothing = greeter:nothing\nquits = quits:main",
+        {"broken": "raise RuntimeError('out of order')", "quits": "import sys\nsys.exit('no licence')"},
     )
     return str(tmp_path)
 
@@ -68,7 +69,9 @@ def test_an_app_is_a_group(site):
     assert run("greets", "bye", PYTHONPATH=site).stdout == "bye\n"
 
 
-@pytest.mark.parametrize("name, reason", [("crash", "out of order"), ("absent", "broken_too"), ("nothing", "nothing")])
+@pytest.mark.parametrize(
+    "name, reason", [("crash", "out of order"), ("absent", "broken_too"), ("nothing", "nothing"), ("quits", "licence")]
+)
 def test_a_broken_one_costs_only_itself(site, name, reason):
     done = run(name, PYTHONPATH=site)
     assert (done.returncode, done.stdout) == (5, "")
@@ -81,6 +84,15 @@ def test_a_built_in_command_cannot_be_replaced(site):
     assert "Turn a folder of pictures" in run("prepare", "--help", PYTHONPATH=site).stdout
 
 
+def test_a_package_without_metadata_costs_nobody_anything(site):
+    bare = Path(site) / "bare-1.0.dist-info"
+    bare.mkdir()
+    (bare / "entry_points.txt").write_text("[cocosctl.plugins]\nbare = greeter:greet [fast]\n")
+    rows = lines(run("plugins", "list", "--json", PYTHONPATH=site).stdout)
+    assert next(row["package"] for row in rows if row["name"] == "bare") == "unknown"
+    assert run("bare", "ann", PYTHONPATH=site).stdout == "ann\n"
+
+
 def test_plugins_list_says_what_is_there(site):
     rows = {
         row["name"]: row
@@ -88,5 +100,6 @@ def test_plugins_list_says_what_is_there(site):
         if row["package"] in ("greeter", "broken")
     }
     assert rows["greet"]["state"] == "loads" and "out of order" in rows["crash"]["state"]
+    assert "no licence" in rows["quits"]["state"]
     assert rows["prepare"]["state"].startswith("hidden")
     assert "did you mean 'greet'" in run("greeet", PYTHONPATH=site).stderr

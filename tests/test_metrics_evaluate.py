@@ -167,6 +167,7 @@ def test_folders_that_are_missing_empty_or_ambiguous(folders):
 
 PLUGIN = '''
 import torch
+print("welcome to toy")
 from cocosnet.metrics import Metric
 
 class Style(Metric):
@@ -201,12 +202,13 @@ def plugin(tmp_path, monkeypatch):
     sys.modules.pop("toy_metrics", None)
 
 
-def test_a_plugin_metric_runs_like_our_own(plugin, folders):
+def test_a_plugin_metric_runs_like_our_own(plugin, folders, capsys):
     assert "toy-style" in metric_names()
     Image.new("RGB", (20, 20), (100, 100, 100)).save(folders / "exemplar.png")
     Image.new("RGB", (32, 40), (110, 110, 110)).save(folders / "output.png")
     record = Record(id="a", output=str(folders / "output.png"), exemplar=str(folders / "exemplar.png"))
     assert evaluate([record], ["toy-style"])["metrics"]["toy-style"]["value"] == pytest.approx(10)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_broken_plugin_is_one_line_and_cannot_take_our_names(plugin):
