@@ -11,7 +11,7 @@ from typer import Option
 
 from cocosctl import options
 from cocosctl.exits import ExitCode
-from cocosctl.jobs import open_records, own_device
+from cocosctl.jobs import first_process_speaks, open_records, own_device
 from cocosctl.output import Output
 from cocosnet.data.records import Record, write_manifest
 from cocosnet.errors import ConfigError
@@ -85,7 +85,8 @@ def evaluate(
     if save_stats is not None and save_stats.suffix != STATISTICS:  # by which --targets knows statistics
         raise typer.BadParameter(f"{save_stats}: give a name that ends in {STATISTICS}", param_hint="--save-stats")
     sides = _sides(sources, manifest, save_stats)
-    records = _records(manifest, {role: path for role, path in sources.items() if role not in sides}, limit)
+    with first_process_speaks():
+        records = _records(manifest, {role: path for role, path in sources.items() if role not in sides}, limit)
     out = Output(as_json, quiet, verbose)
     names = [name.strip() for name in metrics.split(",") if name.strip()]
 
@@ -145,9 +146,15 @@ def _measure(
     from cocosnet.metrics.shards import Shards
 
     shards = Shards.join()
-    try:
+
+    def load() -> Evaluation:
         evaluation = Evaluation(names, own_device(device), seed=seed, sides=sides, shards=shards)
         check(evaluation)
+        return evaluation
+
+    try:
+        with first_process_speaks():
+            evaluation = shards.agree(load)
         with out.progress("pairs", len(records) if isinstance(records, list) else None) as advance:
             result = evaluation.run(_counted(records, advance))
     except BaseException:

@@ -82,9 +82,8 @@ def launched(folder, *arguments, **environment):
     """`cocosctl eval ARGUMENTS` on two processes of their own under torchrun."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launcher, str(folder / "start.py"), "eval", *map(str, arguments)]
-    environment = clean_environment(
-        COCOSCTL_WEIGHTS_DIR=str(folder / "weights"), PYTHONWARNINGS="ignore", **environment
-    )
+    environment = {"COCOSCTL_WEIGHTS_DIR": str(folder / "weights"), "PYTHONWARNINGS": "ignore"} | environment
+    environment = clean_environment(TORCH_HOME=str(folder / "none"), **environment)
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=folder)
 
 
@@ -138,6 +137,13 @@ def test_a_process_that_fails_ends_the_others_too(folder, tmp_path):
     ours = [line for line in done.stderr.splitlines() if line.startswith("cocosctl:")]
     assert done.returncode == 1 and done.stdout == "" and "cocosctl: error: the second cannot go on" in ours
     assert "Error" not in done.stderr.partition("cocosctl:")[0] and len(ours) <= 2
+
+
+def test_what_is_wrong_in_all_processes_is_said_once(folder, tmp_path):
+    done = launched(folder, "-m", "records.jsonl", "--metrics", "l1,lpips", COCOSCTL_WEIGHTS_DIR=str(tmp_path))
+    assert done.stderr.count("cocosctl: error: the weights 'alexnet' are not on this machine") == 1
+    done = launched(folder, "--outputs", "nowhere", "--targets", "true", "--metrics", "l1")
+    assert done.stderr.count("cocosctl: error: nowhere: no such folder") == 1
 
 
 def test_lists_pair_line_by_line_and_say_where_they_end(folder, evaluate):

@@ -6,7 +6,7 @@ communicates. What is exchanged lies in the CPU's memory, so that gloo serves ev
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cocosnet.groups import all_alive, end_group, join_group
+from cocosnet.groups import agree, all_alive, end_group, join_group
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,10 @@ class Shards:
     def join(cls) -> Shards:
         """Take the place that the launcher gives."""
         return cls(*join_group())
+
+    def agree(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns in this process, once it is done in all. Raises, in all, what is wrong in one."""
+        return agree(work) if self.size > 1 else work()
 
     def share(self, items: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         """This process's items with their numbers in the whole: every size-th one."""
