@@ -108,6 +108,17 @@ def test_a_pair_without_a_common_region_is_counted_apart(vgg):
     assert metric.compute()["value"] == pytest.approx(1) and metric.compute()["without_region"] == 1
 
 
+def test_an_edge_map_where_labels_belong_is_told_of(vgg):
+    picture, grey = picture_tensor(1, (256, 256)), torch.arange(256, dtype=torch.int32).expand(1, 1, 256, 256)
+    few, many, whole = (get_metric("style_color_region") for _ in range(3))
+    few.update(picture, picture, grey // 2, grey // 2)
+    many.update(picture, picture, grey, grey)
+    whole.absorb(many.state())
+    whole.count = 1
+    assert "note" not in few.compute()
+    assert "255 labels" in many.compute()["note"] and whole.compute() == many.compute()
+
+
 def test_labels_come_from_the_condition_or_the_record_and_must_fit(vgg, tmp_path):
     smooth_picture(1).save(tmp_path / "o.png")
     Image.fromarray(np.arange(64 * 64, dtype=np.uint8).reshape(64, 64) // 128).save(tmp_path / "labels.png")

@@ -30,6 +30,7 @@ from cocosnet.metrics.pixels import mean
 
 NETWORK = "vgg16-caffe"  # the default; `semantic:vgg19` asks for the other
 SIDE = 256  # px, size of the evaluation by region
+MANY = 160  # labels in one map: ADE20K has 151 in all; an edge map's greys are about 250
 SEMANTIC = ("relu3_2", "relu4_2", "relu5_2")
 
 
@@ -132,6 +133,7 @@ class SemanticRegion(VggCosine):
         "weighted by the label's area"
     )
     same_size = True
+    _most = 0  # labels in one map
 
     def _per_layer(self, output: Tensor, target: Tensor, labels: Tensor) -> list[Tensor]:
         masks = [_masks(picture) for picture in labels]
@@ -139,11 +141,29 @@ class SemanticRegion(VggCosine):
 
     def _compare(self, first: Tensor, second: Tensor, masks: list[Masks], others: list[Masks]) -> list[Tensor]:
         """One number a pair and layer of pictures, each with its own masks of the same labels."""
+        self._most = max(self._most, *map(len, masks), *map(len, others))
         left, right = self._features.at(first, SIDE), self._features.at(second, SIDE)
         return [
             torch.stack([_region_cosine(*pair) for pair in zip(left[name], right[name], masks, others)])
             for name in self.layers
         ]
+
+    def state(self) -> tuple[Any, int]:
+        """The numbers so far, and the largest number of labels in a map."""
+        return super().state(), self._most
+
+    def absorb(self, state: tuple[Any, int]) -> None:
+        """Add another process's."""
+        super().absorb(state[0])
+        self._most = max(self._most, state[1])
+
+    def _result(self) -> dict[str, Any]:
+        if self._most <= MANY:
+            return super()._result()
+        note = (
+            f"a map holds {self._most} labels: an edge map's greys are no regions; name maps of class indices (labels)"
+        )
+        return super()._result() | {"note": note}
 
     def check(self, *pictures: Tensor) -> None:
         """As `Metric.check`; label maps need the size of their picture."""
