@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from cocosnet.errors import CheckpointError, MissingWeights
 from cocosnet.files import atomic_path
+
+logger = logging.getLogger(__name__)
 
 ASSET_FOLDER = Path(__file__).parent / "assets"
 
@@ -194,6 +197,7 @@ def _download(weight: WeightFile) -> Path:
     import torch
 
     path = search_folders()[0] / weight.filename
+    logger.warning("fetching %s (%.0f MB) from %s", path, weight.size / 1e6, weight.url)
     with atomic_path(path) as temporary:
         try:
             torch.hub.download_url_to_file(weight.url, str(temporary), progress=False)

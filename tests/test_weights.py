@@ -79,12 +79,15 @@ def test_a_file_that_changes_is_hashed_again(entry, folders):
         weights.find_weights("w")
 
 
-def test_a_download_is_kept_once_its_hash_is_right(entry, folders, monkeypatch):
+def test_a_download_is_told_of_and_kept_once_its_hash_is_right(entry, folders, monkeypatch, caplog):
     with pytest.raises(MissingWeights):
         weights.find_weights("w")  # offline: not even tried
     monkeypatch.delenv("COCOSCTL_OFFLINE")
     assert weights.find_weights("w").read_bytes() == CONTENT
     assert list(folders[0].iterdir()) == [folders[0] / "w.pth"]
+    assert [f"fetching {folders[0] / 'w.pth'}" in message and entry.url in message for message in caplog.messages] == [
+        True
+    ]
 
 
 def test_a_wrong_or_failed_download_leaves_nothing(entry, folders, monkeypatch):
