@@ -8,6 +8,7 @@ run before it is kept, by PyTorch or by onnxruntime, and compared with the model
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import logging
 import time
@@ -318,7 +319,9 @@ def _trace(program: Exportable, inputs: Tensors, limits: Open | None) -> torch.e
 def _save_program(traced: torch.export.ExportedProgram, path: Path, texts: dict[str, str], outputs: list[str]) -> None:
     for node in traced.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine
-    torch.export.save(traced, path, extra_files=texts)
+    packed = io.BytesIO()  # PyTorch's own writer ends the process where the disk is full
+    torch.export.save(traced, packed, extra_files=texts)
+    path.write_bytes(packed.getbuffer())
 
 
 def _save_onnx(traced: torch.export.ExportedProgram, path: Path, texts: dict[str, str], outputs: list[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cli_tools import lines, run
+from cli_tools import clean_environment, lines, run
 from torch import Tensor
 
 from cocosnet.checkpoint import load_model, save_model
@@ -160,6 +160,17 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, arguments, code, said):
     assert done.returncode == code and said in done.stderr.splitlines()[-1], done.stderr
     assert done.stdout == "" and (tmp_path / "model.pt2").read_text() == "what was there"
     assert not list(tmp_path.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, suffix):
+    """As a limit on what the process may write to a file, which fails alike."""
+    path, tight = tmp_path / "o" / f"model.{suffix}", "resource.setrlimit(resource.RLIMIT_FSIZE, (9000,) * 2)"
+    arguments = ["export", "--weights", str(checkpoint(tmp_path, kind="spade")), "-o", str(path)]
+    code = f"import resource, sys\n{tight}\nfrom cocosctl.app import run\nsys.exit(run({arguments}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean_environment())
+    assert done.returncode == 3 and f"error: {path}: cannot write: File too large" in done.stderr.splitlines()[-1]
+    assert not list(path.parent.iterdir())
 
 
 def test_a_missing_package_is_named_with_its_remedy(tmp_path):
