@@ -15,6 +15,7 @@ from cocosctl.jobs import first_process_speaks, open_records, own_device
 from cocosctl.output import Output
 from cocosnet.data.records import Record, write_manifest
 from cocosnet.errors import ConfigError
+from cocosnet.metrics.registry import BUILT_IN
 
 if TYPE_CHECKING:
     from cocosnet.metrics import Evaluation
@@ -29,7 +30,8 @@ OPTIONS = {
 
 def evaluate(
     metrics: Annotated[
-        str, Option("--metrics", metavar="A,B,..", show_default=False, help="Names of metrics, e.g. swd,psnr,ssim.")
+        str,
+        Option("--metrics", metavar="A,B,..", show_default=False, help=f"{', '.join(BUILT_IN)}; packages add more."),
     ],
     manifest: options.Manifest = None,
     outputs: Annotated[
@@ -80,10 +82,7 @@ def evaluate(
         "labels": labels, "exemplar_labels": exemplar_labels,
     }  # fmt: skip
     sources = {role: path for role, path in sources.items() if path is not None}
-    if manifest is None and outputs is None:
-        raise typer.BadParameter("give --manifest, or --outputs and --targets", param_hint="--manifest")
-    if save_stats is not None and save_stats.suffix != STATISTICS:  # by which --targets knows statistics
-        raise typer.BadParameter(f"{save_stats}: give a name that ends in {STATISTICS}", param_hint="--save-stats")
+    _check_form(manifest, outputs, save_stats)
     sides = _sides(sources, manifest, save_stats)
     with first_process_speaks():
         records = _records(manifest, {role: path for role, path in sources.items() if role not in sides}, limit)
@@ -101,14 +100,20 @@ def evaluate(
         return
     try:
         if save_stats is not None:
-            from cocosnet.metrics.fid import save_statistics
-
-            save_statistics(save_stats, _saved(evaluation).sides["output"])
+            _save_statistics(save_stats, evaluation)
         _write_pairs(evaluation, result, scores, report, out)
     finally:  # numbers that may have taken hours are told whatever becomes of the files
         _tell(result, out)
     if result["failed"]:
         raise typer.Exit(ExitCode.FAILED_ITEMS)
+
+
+def _check_form(manifest: str | None, outputs: Path | None, save_stats: Path | None) -> None:
+    """Raises BadParameter (usage)."""
+    if manifest is None and outputs is None:
+        raise typer.BadParameter("give --manifest, or --outputs and --targets", param_hint="--manifest")
+    if save_stats is not None and save_stats.suffix != STATISTICS:  # by which --targets knows statistics
+        raise typer.BadParameter(f"{save_stats}: give a name that ends in {STATISTICS}", param_hint="--save-stats")
 
 
 def _sides(sources: dict[str, Path], manifest: str | None, save_stats: Path | None) -> dict[str, Path | None]:
@@ -185,6 +190,12 @@ def _saved(evaluation: Evaluation) -> Frechet:
     if len(able) != 1:
         raise ConfigError("--save-stats writes the statistics of one metric; name fid or fd_vgg16 in --metrics")
     return able[0]
+
+
+def _save_statistics(path: Path, evaluation: Evaluation) -> None:
+    from cocosnet.metrics.fid import save_statistics
+
+    save_statistics(path, _saved(evaluation).sides["output"])
 
 
 def _write_pairs(
