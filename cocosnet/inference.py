@@ -23,6 +23,7 @@ from cocosnet.config import DataConfig
 from cocosnet.data.conditions import condition_filter, condition_to_tensor, load_condition_image
 from cocosnet.data.extractors import Extractor, condition_extractor
 from cocosnet.data.images import check_file, load_rgb, resize_shorter, save_image, shown, to_image, to_tensor
+from cocosnet.data.pose import Pose
 from cocosnet.data.records import Record
 from cocosnet.errors import ConfigError, DataError, is_out_of_memory
 from cocosnet.files import atomic_path
@@ -193,10 +194,7 @@ class Translator:
         if raw or (self.data.task == "edge" and _is_coloured(path, self._side)):
             photo = load_rgb(path, self._side)
             side = min(self._side, *photo.size) if self.size is None else self.size
-            try:
-                condition = self.extractor(photo, side)
-            except DataError as error:
-                raise DataError(f"{shown(path)}: {error}") from error
+            condition = self._extracted(photo, path, side)
             return condition_to_tensor(_large_enough(condition, path), self.data)[None], self.extractor.provenance
         image = self._sized(load_condition_image(path, self.data), path, condition_filter(self.data))
         return condition_to_tensor(image, self.data)[None], FROM_FILE
@@ -208,7 +206,14 @@ class Translator:
             return condition_to_tensor(image.resize(photo.size, condition_filter(self.data)), self.data)[None]
         if self.data.task == "mask":
             raise DataError(f"record {record.id!r}: this model needs an exemplar_condition of task {self.data.task}")
-        return condition_to_tensor(self.extractor(photo), self.data)[None]
+        return condition_to_tensor(self._extracted(photo, record.exemplar), self.data)[None]
+
+    def _extracted(self, photo: Image.Image, path: str, side: int | None = None) -> Image.Image | Pose:
+        """What the extractor finds in the photograph of that file. Raises DataError naming the file."""
+        try:
+            return self.extractor(photo, side)
+        except DataError as error:
+            raise DataError(f"{shown(path)}: {error}") from error
 
     def _sized(
         self, image: Image.Image, path: str, resample: Image.Resampling = Image.Resampling.LANCZOS

@@ -375,6 +375,31 @@ def test_other_extractors_make_outputs_anew_and_what_is_kept_says_how_it_was_mad
     assert statuses(ready)[0] == ["skipped"] * 2
 
 
+NOBODY = """
+from cocosnet.data.extractors import PoseExtractor
+def nobody(device):
+    return PoseExtractor("nobody", lambda pixels: [])
+"""
+
+
+def test_the_photograph_in_which_nothing_is_found_is_named(place, invoke, monkeypatch, tmp_path):
+    """The exemplar too, where the model asks for its pose."""
+    metadata = tmp_path / "nobody-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: nobody\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[cocosctl.extractors]\nnobody = nobody_found:nobody\n")
+    (tmp_path / "nobody_found.py").write_text(NOBODY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    people = {"people": [{"pose_keypoints_2d": [10.0, 10.0, 1.0] * 18}]}
+    (tmp_path / "pose.json").write_text(json.dumps(people | {"canvas_width": 40, "canvas_height": 40}))
+    overrides = ["data.task=pose", "data.poses=nobody", "model.encoder.exemplar_condition=true"]
+    save_model(tmp_path / "pose.safetensors", build_model(load_config("tiny-cpu", overrides)))
+    photos, options = place / "photos", ("-w", tmp_path / "pose.safetensors", "-o", tmp_path / "o.png")
+    for condition, raw, fault in ((photos / "p0.png", ["--raw"], "p0.png"), (tmp_path / "pose.json", [], "p1.png")):
+        code, _, err = invoke("translate", condition, photos / "p1.png", *options, *raw)
+        assert code == 3 and f"{photos / fault}: nobody sees nobody in it" in err, err
+
+
 def test_a_dry_run_foretells_the_run(place, invoke, monkeypatch):
     monkeypatch.chdir(place)
     command = ["translate", "-m", "prep", "-w", "tiny.safetensors", "-o", "foretold", "--limit"]
