@@ -73,9 +73,9 @@ def evaluate(
 ) -> None:
     """Measure outputs: against targets, or against exemplars.
 
-    Folders pair pictures by name, lists (text files of one path a line) by line. Prints one object: with --json as JSON
-    with protocols, counts, weights and versions, otherwise a line `name value` a metric. Under torchrun the pairs are
-    shared among the processes.
+    Folders pair pictures by name, lists (text files of one path a line) by line; a picture is a list of one. Prints one
+    object: with --json as JSON with protocols, counts, weights and versions, otherwise a line `name value` a metric.
+    Under torchrun the pairs are shared among the processes.
     """
     sources = {
         "output": outputs, "target": targets, "exemplar": exemplars, "warp": warps,

@@ -113,6 +113,16 @@ def test_lines_end_at_newlines_alone(folders):
     )
 
 
+def test_a_picture_is_a_list_of_one_and_lists_may_come_from_windows(folders):
+    pair = {"output": folders / "out" / "1 é.png", "target": folders / "true" / "1 é.png"}
+    for role, path in pair.items():
+        (folders / f"{role}.txt").write_bytes(f"\ufeff{path}\r\n".encode())
+    by_list = evaluate(records_from({role: folders / f"{role}.txt" for role in pair}), ["psnr"])
+    alone = evaluate(records_from(pair), ["psnr"])
+    for result in (by_list, alone):
+        assert result["metrics"]["psnr"]["value"] == pytest.approx(expected_psnr(folders, [1])), result["errors"]
+
+
 def test_skipped_records_are_measured(folders):
     """ "skipped" means that an up-to-date output was already there."""
     record = records_from_folders(folders / "out", folders / "true")[0]

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cocosnet.data.images import find_images, load_labels, load_rgb, shown
+from cocosnet.data.images import SUFFIXES, find_images, load_labels, load_rgb, shown
 from cocosnet.data.records import PATH_FIELDS, Record
 from cocosnet.errors import ConfigError, DataError, is_out_of_memory
 from cocosnet.metrics.base import size_text
@@ -325,7 +325,7 @@ def records_from_lists(lists: Mapping[str, str | Path]) -> list[Record]:
 
     Args:
         lists: role ("output", "target", ..) -> file. Paths are relative to the file's folder; blank lines are
-            passed over.
+            passed over. A picture stands for a list of itself alone.
 
     Raises:
         DataError: a list cannot be read, is empty, or the lists differ in length.
@@ -354,8 +354,10 @@ def _record(number: int, row: dict[str, str], first: str) -> Record:
 
 
 def _read_list(path: Path) -> list[str]:
+    if path.suffix.lower() in SUFFIXES:
+        return [str(path.absolute())]
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # Windows writes a mark before the first path
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{shown(path)}: cannot read this list ({error}); give a text file of one path a line"
