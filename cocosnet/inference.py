@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
+import os
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,10 +35,13 @@ from cocosnet.model.layers import fold_spectral_norms
 from cocosnet.precision import autocast, full_float32, layout_of, precision_of
 from cocosnet.weights import sha256_of
 
+logger = logging.getLogger(__name__)
+
 STAMP_KEY = "cocosctl.stamp"  # text chunk of a written PNG: what it was made of
 STAMP = {"made_of", "extractor", "condition_source"}  # keys of that JSON
 FROM_FILE = {"network": "file"}  # how a ready-made condition came about
 COLOURED = 12.0  # mean saturation (0..255) above which a picture is a photograph, not a grey edge map
+LIGHT = 127.0  # mean (0..255) above which a grey picture is no edge map: HED's have about 50, a drawing on paper 230
 MIN_SIDE = 8  # px; below it a picture has nothing to match
 
 
@@ -197,6 +202,11 @@ class Translator:
             condition = self._extracted(photo, path, side)
             return condition_to_tensor(_large_enough(condition, path), self.data)[None], self.extractor.provenance
         image = self._sized(load_condition_image(path, self.data), path, condition_filter(self.data))
+        if self.data.task == "edge" and ImageStat.Stat(image).mean[0] > LIGHT:
+            logger.warning(
+                "%s: too light for edges, which are white on black; invert a drawing, and give --raw for a photograph",
+                shown(path),
+            )
         return condition_to_tensor(image, self.data)[None], FROM_FILE
 
     def _exemplar_condition(self, record: Record, photo: Image.Image) -> Tensor:
@@ -283,6 +293,8 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 def _stamp_of(path: Path) -> dict[str, Any] | None:
     """The stamp inside an output that is there and whole, else None. Formats without text chunks have none."""
+    if not os.path.isfile(path):  # reading the pipe that is to be written would wait for ever
+        return None
     try:
         with Image.open(path) as image:
             found = json.loads(image.info.get(STAMP_KEY, "null"))

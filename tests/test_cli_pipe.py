@@ -400,6 +400,25 @@ def test_the_photograph_in_which_nothing_is_found_is_named(place, invoke, monkey
         assert code == 3 and f"{photos / fault}: nobody sees nobody in it" in err, err
 
 
+def test_a_drawing_on_white_paper_is_told_of(place, invoke, tmp_path):
+    edges = Image.new("L", (48, 40), 0)
+    edges.paste(255, (10, 10, 20, 12))
+    edges.save(tmp_path / "edges.png")
+    edges.point(lambda level: 255 - level).save(tmp_path / "drawing.png")
+    options = (place / "photos" / "p1.png", "-w", place / "tiny.safetensors", "-o", tmp_path / "o.png")
+    assert "light" not in invoke("translate", tmp_path / "edges.png", *options)[2]
+    code, _, err = invoke("translate", tmp_path / "drawing.png", *options)
+    assert code == 0 and f"warning: {tmp_path / 'drawing.png'}: too light for edges" in err
+
+
+def test_a_pipe_is_not_waited_for(place, tmp_path):
+    """Whether it is up to date cannot be asked of it; that PNG cannot be written into it is one line."""
+    os.mkfifo(tmp_path / "o.png")
+    done = run("translate", place / "edges/p0.png", place / "photos/p1.png", "-w", place / "tiny.safetensors",
+               "-o", tmp_path / "o.png")  # fmt: skip
+    assert done.returncode == 3 and len(done.stderr.splitlines()) == 1 and "not seekable" in done.stderr
+
+
 def test_a_dry_run_foretells_the_run(place, invoke, monkeypatch):
     monkeypatch.chdir(place)
     command = ["translate", "-m", "prep", "-w", "tiny.safetensors", "-o", "foretold", "--limit"]
