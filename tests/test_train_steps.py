@@ -129,6 +129,24 @@ def test_levels_enter_one_after_the_other(pairs):
     assert torch.equal(out.matches[2].positions[..., ::4, ::4], 4 * out.matches[0].positions)
 
 
+@pytest.mark.parametrize("seen", ["true", "false"])
+def test_a_size_that_the_networks_pad_can_be_trained(pairs, seen):
+    """36 px, which a network with a coarsest scale of 1/8 fills up to 40."""
+    config = tiny(
+        "data.size=36",
+        "model.encoder.widths=[8,8,8,8]",
+        "loss.match=1",
+        f"model.encoder.exemplar_condition={seen}",
+    )
+    networks, batch = build_networks(config, CPU, torch.float32), StepBatches(pairs, config)[0].to(CPU)
+    result = generator_step(networks, adam(networks.generator_parameters()), batch, config.loss, adversarial_on=True)
+    assert result.applied and result.image.shape == (2, 3, 36, 36)
+    encoded = networks.model.encode_image(batch.image, batch.inputs[2])
+    assert (
+        [f.shape[-1] for f in encoded] == [f.shape[-1] for f in networks.model(*batch.inputs).features_y] == [9, 18, 36]
+    )
+
+
 def test_the_discriminator_learns_and_the_generator_step_leaves_it_alone(pairs):
     config = tiny()
     networks, batch = build_networks(config, CPU, torch.float32), StepBatches(pairs, config)[0].to(CPU)

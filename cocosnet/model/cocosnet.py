@@ -15,6 +15,8 @@ from cocosnet.model.matches import Matches
 from cocosnet.model.translator import Translator, join_warps
 from cocosnet.model.warp import clamp_positions, downsample
 
+Size = torch.Size | tuple[int, int]
+
 
 @dataclass
 class Output:
@@ -69,18 +71,28 @@ class CoCosNet(nn.Module):
         return crop_output(image, levels, features_x, features_y, size, exemplar.shape[-2:], self.finest)
 
     def encode_condition(self, condition: Tensor) -> list[Tensor]:
-        """M_A, Eq. 1: L maps of unit vectors, coarse to fine."""
-        return self.condition_encoder(pad_to_multiple(condition, self.multiple))
+        """M_A, Eq. 1: L maps of unit vectors, coarse to fine; of a level, the picture's share of it, rounded up."""
+        return self._encode(self.condition_encoder, condition)
 
     def encode_image(self, image: Tensor, condition: Tensor | None = None) -> list[Tensor]:
-        """M_B, Eq. 2: L maps of unit vectors, coarse to fine. `condition` belongs to the image."""
-        if self.config.model.encoder.exemplar_condition:
-            if condition is None:
-                raise ValueError(
-                    "this model's image encoder also sees the exemplar's condition: pass exemplar_condition"
-                )
-            image = torch.cat([pad_to_multiple(image, self.multiple), pad_to_multiple(condition, self.multiple)], dim=1)
-        return self.image_encoder(pad_to_multiple(image, self.multiple))
+        """M_B, Eq. 2: maps of the image, as those of `encode_condition`. `condition` belongs to the image.
+
+        Raises:
+            ValueError: this model also looks at the image's condition, which is missing.
+        """
+        if not self.config.model.encoder.exemplar_condition:
+            return self._encode(self.image_encoder, image)
+        if condition is None:
+            raise ValueError("this model's image encoder also sees the exemplar's condition: pass exemplar_condition")
+        return self._encode(self.image_encoder, image, condition)
+
+    def _encode(self, encoder: Encoder, *pictures: Tensor) -> list[Tensor]:
+        """An encoder on pictures side by side, of the first one's size; what padding adds is cut off again."""
+        padded = [pad_to_multiple(picture, self.multiple) for picture in pictures]
+        features = encoder(padded[0] if len(padded) == 1 else torch.cat(padded, dim=1))
+        if padded[0] is pictures[0]:
+            return features
+        return [cut(f, share) for f, share in zip(features, shares(pictures[0].shape[-2:], len(features), self.finest))]
 
     def compared(self, out: Output) -> tuple[list[Tensor], list[Tensor]]:
         """What matching compared: both pyramids of features, projected. B,channels,h,w float32 each, unit length."""
@@ -133,23 +145,31 @@ def crop_output(
     `finest`: px of the picture, along a side, in one pixel of the last level. A match in the exemplar's padding, which
     repeats its border, is moved onto that border.
     """
-
-    def share(side: int, level: int) -> int:
-        return -(-side // (finest * 2 ** (len(levels) - 1 - level)))
-
-    def cut(tensor: Tensor, level: int, whole: torch.Size = size) -> Tensor:
-        return tensor[..., : share(whole[0], level), : share(whole[1], level)]
-
-    def cut_matches(matches: Matches, level: int) -> Matches:
-        limits = (share(side, level) for side in exemplar_size)
-        return Matches(clamp_positions(cut(matches.positions, level), *limits), cut(matches.scores, level))
-
-    steps = [[cut(warp, i) for warp in level.warps] for i, level in enumerate(levels)]
+    ours, theirs = (shares(whole, len(levels), finest) for whole in (size, exemplar_size))
+    steps = [[cut(warp, share) for warp in level.warps] for level, share in zip(levels, ours)]
     return Output(
-        image=image[..., : size[0], : size[1]],
+        image=cut(image, size),
         warps=[warps[-1] for warps in steps],
-        matches=[cut_matches(level.matches, i) for i, level in enumerate(levels)],
+        matches=[_cut_matches(level.matches, *both) for level, *both in zip(levels, ours, theirs)],
         iteration_warps=steps,
-        features_x=[cut(feature, i) for i, feature in enumerate(features_x)],
-        features_y=[cut(feature, i, exemplar_size) for i, feature in enumerate(features_y)],
+        features_x=[cut(feature, share) for feature, share in zip(features_x, ours)],
+        features_y=[cut(feature, share) for feature, share in zip(features_y, theirs)],
     )
+
+
+def shares(size: Size, levels: int, finest: int) -> list[Size]:
+    """h,w of each level, coarse to fine, of a picture of `size` (H, W): its share of it, rounded up.
+
+    `finest`: px of the picture, along a side, in one pixel of the last level.
+    """
+    factors = [finest * 2**level for level in reversed(range(levels))]
+    return [(-(-size[0] // factor), -(-size[1] // factor)) for factor in factors]
+
+
+def cut(x: Tensor, size: Size) -> Tensor:
+    """The upper left h,w = `size` of ..,H,W."""
+    return x[..., : size[0], : size[1]]
+
+
+def _cut_matches(matches: Matches, size: Size, exemplar_size: Size) -> Matches:
+    return Matches(clamp_positions(cut(matches.positions, size), *exemplar_size), cut(matches.scores, size))
