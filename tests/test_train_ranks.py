@@ -105,6 +105,28 @@ def start_two(command):
     return [subprocess.Popen(command, env=environment() | place | {"RANK": str(r)}, **options) for r in range(2)]
 
 
+AVERAGE = """if True:
+    import sys, torch
+    from cocosnet.train.distributed import Ranks
+    ranks = Ranks.join(torch.device("cpu"), 2)
+    both, second, neither = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
+    both.grad = torch.full((2,), 1.0 + ranks.rank)
+    second.grad = torch.ones(2) if ranks.rank == 1 else None
+    ranks.average_gradients([both, neither, second])
+    torch.save([both.grad, neither.grad, second.grad], sys.argv[1] + str(ranks.rank))
+    ranks.leave()
+"""
+
+
+def test_a_gradient_that_one_process_lacks_counts_as_zero_and_one_that_all_lack_stays_missing(tmp_path):
+    processes = start_two([sys.executable, "-c", AVERAGE, str(tmp_path / "rank")])
+    errors = [process.communicate(timeout=90)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    for rank in range(2):
+        both, neither, second = torch.load(tmp_path / f"rank{rank}")
+        assert both.tolist() == [1.5, 1.5] and neither is None and second.tolist() == [0.5, 0.5]
+
+
 def test_processes_that_the_scheduler_starts_end_with_75_together(data, tmp_path):
     """As `srun` does it: no launcher, one process told by SIGUSR1, both save at the same step and end with 75."""
     run = tmp_path / "run"

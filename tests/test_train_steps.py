@@ -129,6 +129,20 @@ def test_levels_enter_one_after_the_other(pairs):
     assert torch.equal(out.matches[2].positions[..., ::4, ::4], 4 * out.matches[0].positions)
 
 
+def test_the_first_step_of_a_level_that_enters_late_is_no_longer_than_others(pairs):
+    """Had Adam counted the steps without it, it would be sqrt(9) times as long."""
+    networks, batch = build_networks(tiny(), CPU, torch.float32), StepBatches(pairs, tiny())[0].to(CPU)
+    optimizer, late = adam(networks.generator_parameters()), networks.model.hierarchy.fine[0].refinement
+    networks.model.hierarchy.depth = 1
+    for _ in range(8):
+        generator_step(networks, optimizer, batch, tiny().loss, adversarial_on=False)
+    before = copy.deepcopy(list(late.parameters()))
+    networks.model.hierarchy.depth = 3
+    assert generator_step(networks, optimizer, batch, tiny().loss, adversarial_on=False).applied
+    moved = max((a - b).abs().max().item() for a, b in zip(before, late.parameters(), strict=True))
+    assert moved == pytest.approx(1e-3, rel=0.01)
+
+
 @pytest.mark.parametrize("seen", ["true", "false"])
 def test_a_size_that_the_networks_pad_can_be_trained(pairs, seen):
     """36 px, which a network with a coarsest scale of 1/8 fills up to 40."""

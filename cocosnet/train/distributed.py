@@ -89,18 +89,22 @@ class Ranks:
         self.together(work if self.writes else lambda: None)
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every gradient (a missing one counts as zero) by its mean over the ranks, in one exchange."""
+        """Replace every gradient by its mean over the ranks, in one exchange; where it is missing it counts as zero.
+
+        One that is missing on every rank stays so. Given zeros, Adam would count steps in which the parameter took no
+        part, and make its first own one up to 1 / sqrt(1 - beta2) times too long.
+        """
         parameters = list(parameters)
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
         if self.size == 1:
             return
-        flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+        given = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=self.device)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([*(gradient.flatten() for gradient in gradients), given])
         dist.all_reduce(flat)
-        flat /= self.size
-        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad.copy_(part.view_as(parameter.grad))
+        *sums, counts = flat.split([*(p.numel() for p in parameters), len(parameters)])
+        for parameter, gradient, total, count in zip(parameters, gradients, sums, counts.tolist(), strict=True):
+            if count:
+                parameter.grad = gradient.copy_(total.view_as(gradient) / self.size)
 
     def leave(self) -> None:
         """End the communication, after every rank has come here."""

@@ -174,7 +174,7 @@ def apply_step(
     all. A norm above `clip` is brought down to it; 0 is no bound.
     """
     ranks.average_gradients(parameters)
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if not torch.isfinite(loss + norm):
         optimizer.zero_grad(set_to_none=True)
         return False, norm
