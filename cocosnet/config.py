@@ -426,53 +426,63 @@ def _check(config: Config) -> None:
         len(translator.blocks) == len(translator.widths),
         "model.translator.blocks and model.translator.widths must be of the same length",
     )
-    _require(config.distortion.tps_grid >= 2, "distortion.tps_grid must be at least 2")
+    ours = matching.compat == "none"
+    _require(
+        ours or _is_releases(config.model),
+        f"model.matching.compat={matching.compat} needs the release's shape: "
+        "model.kind=cocosnet-v2, model.encoder.levels=4, as many widths, and the default model.translator.blocks",
+    )
+    _require(not ours or matching.channels > 1, "model.matching.channels must be above 1: their mean is taken off")
+    _require(not ours or config.model.discriminator.scales > 0, "model.discriminator.scales must be positive")
     _require(config.data.task != "mask" or config.data.classes > 0, "data.classes must be set for task mask")
-    for name, value in _positive_values(config):
-        _require(value > 0, f"{name} must be positive, is {value}")
-    for name in ("level_warmup", "clip", "val_images", "adv_start", "workers", "ema_images", "seed"):
-        value = getattr(config.train, name)
-        _require(value >= 0, f"train.{name} must not be negative, is {value}")
+    _require(config.distortion.tps_grid >= 2, "distortion.tps_grid must be at least 2")
+    _require(config.distortion.scale < 1, f"distortion.scale must be below 1, is {config.distortion.scale}")
     _require(config.train.seed < 2**63, f"train.seed must be below 2^63, is {config.train.seed}")
     for name in ("beta1", "beta2"):
         value = getattr(config.train, name)
         _require(0 <= value < 1, f"train.{name} must be at least 0 and below 1, is {value}")
-    _require(0 <= config.train.real_exemplars <= 1, "train.real_exemplars is a probability, from 0 to 1")
+    _check_signs(config_values(config))
 
 
-def _positive_values(config: Config) -> list[tuple[str, float]]:
-    model, matching, train = config.model, config.model.matching, config.train
-    return [
-        ("data.size", config.data.size),
-        ("prepare.exemplars", config.prepare.exemplars),
-        ("model.encoder.levels", model.encoder.levels),
-        ("model.encoder.stem_width", model.encoder.stem_width),
-        ("model.encoder.spade_hidden", model.encoder.spade_hidden),
-        *(("model.encoder.widths", width) for width in model.encoder.widths),
-        *(("model.translator.widths", width) for width in model.translator.widths),
-        *(("model.translator.blocks", count) for count in model.translator.blocks),
-        ("model.translator.widths' number", len(model.translator.widths)),
-        ("model.translator.spade_hidden", model.translator.spade_hidden),
-        ("model.translator.code_size", model.translator.code_size),
-        ("model.discriminator.width", model.discriminator.width),
-        ("model.discriminator.layers", model.discriminator.layers),
-        *([("model.discriminator.scales", model.discriminator.scales)] if matching.compat == "none" else []),
-        ("model.matching.channels", matching.channels),
-        ("model.matching.hidden", matching.hidden),
-        ("model.matching.iterations", matching.iterations),
-        ("model.matching.candidates", matching.candidates),
-        ("model.matching.temperature", matching.temperature),
-        ("model.matching.max_step", matching.max_step),
-        ("train.batch", train.batch),
-        ("train.accumulate", train.accumulate),
-        ("train.val_pairs", train.val_pairs),
-        ("train.images", train.images),
-        ("train.lr_g", train.lr_g),
-        ("train.lr_d", train.lr_d),
-        ("train.log_images", train.log_images),
-        ("train.save_images", train.save_images),
-        ("train.sample_images", train.sample_images),
-    ]
+def _is_releases(model: ModelConfig) -> bool:
+    """Whether a model has the release's layers, of whatever widths."""
+    return (
+        model.kind == "cocosnet-v2"
+        and model.encoder.levels == len(model.encoder.widths) == 4
+        and model.translator.blocks == TranslatorConfig.blocks
+    )
+
+
+_POSITIVE = (
+    *("data.size", "prepare.exemplars"),
+    *(f"model.encoder.{name}" for name in ("levels", "stem_width", "spade_hidden", "widths")),
+    *(f"model.translator.{name}" for name in ("widths", "blocks", "spade_hidden", "code_size")),
+    *("model.discriminator.width", "model.discriminator.layers"),
+    *(
+        f"model.matching.{name}"
+        for name in ("channels", "hidden", "iterations", "candidates", "temperature", "max_step")
+    ),
+    *(f"train.{name}" for name in ("batch", "accumulate", "images", "lr_g", "lr_d")),
+    *(f"train.{name}" for name in ("val_pairs", "log_images", "save_images", "sample_images")),
+)
+_NOT_NEGATIVE = (
+    *("data.classes", "prepare.batch", "prepare.pose_canvas", "model.discriminator.scales"),
+    *(f"loss.{name}" for name in ("align", "corr", "match", "map", "sem", "contextual", "feature", "adv")),
+    *(f"distortion.{name}" for name in ("rotate", "scale", "translate", "tps")),
+    *(f"train.{name}" for name in ("level_warmup", "clip", "val_images", "adv_start", "workers", "ema_images", "seed")),
+)
+_SHARES = ("data.val_fraction", "loss.iteration_decay", "distortion.flip", "train.real_exemplars")
+
+
+def _check_signs(values: Mapping[str, Any]) -> None:
+    """Refuse a number of the wrong sign or size; a list for any of its numbers, and where it has none."""
+    for name in _POSITIVE:
+        several = values[name] if isinstance(values[name], tuple) else (values[name],)
+        _require(bool(several) and min(several) > 0, f"{name} must be positive, is {values[name]}")
+    for name in _NOT_NEGATIVE:
+        _require(values[name] >= 0, f"{name} must not be negative, is {values[name]}")
+    for name in _SHARES:
+        _require(0 <= values[name] <= 1, f"{name} must be from 0 to 1, is {values[name]}")
 
 
 def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:

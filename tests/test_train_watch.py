@@ -76,6 +76,9 @@ def test_a_setting_that_cannot_be_is_refused_by_name(wrong):
         ),
         *("model.matching.iterations=0", "model.discriminator.layers=0", "model.translator.widths=[]"),
         *("model.encoder.widths=[8, 0, 8]", "data.size=30"),
+        *("loss.corr=-1", "loss.iteration_decay=1.5", "distortion.flip=2", "distortion.tps=-0.1", "distortion.scale=1"),
+        *("data.val_fraction=1.5", "data.classes=-1", "prepare.batch=-1", "model.matching.channels=1"),
+        *("model.matching.compat=release", "model.discriminator.scales=0"),
     ],
 )
 def test_a_value_that_training_cannot_use_is_one_line(capsys, wrong):
