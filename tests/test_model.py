@@ -59,11 +59,20 @@ def test_a_picture_is_translated_alike_alone_and_in_a_batch():
         ((1, 2, 32, 32), (1, 3, 32, 32), "condition: expected B,1,H,W, got 1,2,32,32"),
         ((1, 1, 32, 32), (3, 32, 32), "exemplar: expected B,3,H,W"),
         ((2, 1, 32, 32), (1, 3, 32, 32), "2 conditions but 1 exemplars"),
+        ((1, 1, 32, 0), (1, 3, 32, 32), "condition: expected B,1,H,W, got 1,1,32,0"),
+        ((0, 1, 32, 32), (0, 3, 32, 32), "condition: expected B,1,H,W, got 0,1,32,32"),
     ],
 )
 def test_wrong_shapes_are_named(condition, exemplar, words):
     with pytest.raises(ValueError, match=words):
         build()(torch.rand(condition), torch.rand(exemplar))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64, torch.bfloat16])
+def test_numbers_of_another_type_are_named_also_where_autocast_would_take_them(dtype):
+    """A warp whose positions are bfloat16 would be off by pixels, and nothing would say so."""
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=f"exemplar: expected .*, got {dtype}"):
+        build()(torch.rand(1, 1, 32, 32), torch.ones(1, 3, 32, 32).to(dtype))
 
 
 @pytest.mark.parametrize("refinement", ["gru", "conv", "none"])

@@ -40,11 +40,13 @@ class CoCosNet(nn.Module):
 
     condition x_A: B,C,H,W in [0, 1]; exemplar y_B: B,3,H',W' in [-1, 1]; any sizes, which need not agree.
     exemplar_condition: B,C,H',W', used where the config's `encoder.exemplar_condition` says so.
+    All are float32, as are the weights: in bfloat16 positions would be off by pixels, so half the precision is what
+    `torch.autocast` gives to the convolutions alone, never `.to(torch.bfloat16)`.
     The pass is deterministic: there are no random numbers in it.
 
     Raises:
-        ValueError: an input has the wrong number of dimensions, channels or pictures, or the exemplar's condition
-            another size than the exemplar.
+        ValueError: an input is not float32, is empty, has the wrong number of dimensions, channels or pictures, or the
+            exemplar's condition another size than the exemplar.
     """
 
     def __init__(self, config: Config):
@@ -112,16 +114,19 @@ def check_inputs(
     """Refuse what a model whose conditions have `channels` channels cannot take. Returns the condition's H,W.
 
     Raises:
-        ValueError: an input has the wrong number of dimensions, channels or pictures, or the exemplar's condition
-            another size than the exemplar.
+        ValueError: as `CoCosNet`.
     """
     for name, tensor, wanted in (
         ("condition", condition, channels),
         ("exemplar", exemplar, 3),
         ("exemplar_condition", exemplar_condition, channels),
     ):
-        if tensor is not None and (tensor.dim() != 4 or tensor.shape[1] != wanted):
+        if tensor is None:
+            continue
+        if tensor.dim() != 4 or tensor.shape[1] != wanted or 0 in tensor.shape:
             raise ValueError(f"{name}: expected B,{wanted},H,W, got {','.join(map(str, tensor.shape))}")
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"{name}: expected torch.float32, got {tensor.dtype}")
     if condition.shape[0] != exemplar.shape[0]:
         raise ValueError(f"{condition.shape[0]} conditions but {exemplar.shape[0]} exemplars")
     other = exemplar if exemplar_condition is None else exemplar_condition
