@@ -93,9 +93,18 @@ def test_compiled_scores_are_the_definition_to_the_last_bit(channels, axis, roun
     defined = release_matching.reference_score(offsets, axis, x, y, rounded)
     assert all(torch.equal(a, b) for a, b in zip(found, defined))
     order = torch.randint(0, defined[0].shape[-1], (2, 16 * 24, 5))
-    with torch.enable_grad():
-        plain = release_matching.to_offsets(defined[0], order, x.shape[-2:], 32)
+    plain = release_matching.reference_offsets(defined[0], order, x.shape[-2:], 32)
     assert torch.equal(release_compiled.to_offsets(defined[0], order, x.shape[-2:], 32), plain)
+
+
+def test_a_frozen_models_scores_are_compiled_also_where_gradients_are_on(monkeypatch):
+    """A model is frozen when it is loaded; who calls it should not have to know of `torch.inference_mode`."""
+    pytest.importorskip("numba")
+    monkeypatch.setattr(release_matching, "reference_score", None)
+    x, y, offsets = torch.randn(1, 4, 6, 5), torch.randn(1, 4, 6, 5), torch.randn(1, 4, 6, 5)
+    assert torch.is_grad_enabled() and release_matching.score(offsets, -1, x, y)[1].shape == (1, 30, 6)
+    with pytest.raises(TypeError):  # numbers that a gradient has to reach are PyTorch's
+        release_matching.score(offsets, -1, x, y.requires_grad_())
 
 
 @torch.inference_mode()

@@ -244,8 +244,11 @@ def to_offsets(indices: Tensor, order: Tensor, size: torch.Size, columns: int) -
     size: h,w of the condition's map; columns: those of the exemplar's.
     """
     compiled = _compiled() if is_plain(indices) else None
-    if compiled is not None:
-        return compiled.to_offsets(indices, order, size, columns)
+    return (reference_offsets if compiled is None else compiled.to_offsets)(indices, order, size, columns)
+
+
+def reference_offsets(indices: Tensor, order: Tensor, size: torch.Size, columns: int) -> Tensor:
+    """The definition of `to_offsets`, in plain PyTorch."""
     kept = places(indices.gather(-1, order), size, columns) - pixel_grid(*size, indices.device)
     return kept.transpose(1, 2).flatten(1, 2)
 
@@ -258,13 +261,14 @@ def score(offsets: Tensor, axis: int | None, x: Tensor, y: Tensor, rounded: bool
 
     Compiled on a CPU where numba loads, and never while a gradient is recorded or the graph is traced.
     """
-    compiled = _compiled() if is_plain(x) and x.dtype == torch.float32 else None
+    compiled = _compiled() if is_plain(offsets, x, y) and x.dtype == torch.float32 else None
     return (reference_score if compiled is None else compiled.score)(offsets, axis, x, y, rounded)
 
 
-def is_plain(x: Tensor) -> bool:
-    """Whether compiled code may work on x: on a CPU, no gradient recorded, no graph traced."""
-    return x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether compiled code may work on these: on a CPU, no gradient recorded, no graph traced."""
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return tensors[0].device.type == "cpu" and not recorded and not torch.compiler.is_compiling()
 
 
 @functools.cache
