@@ -466,6 +466,19 @@ def test_relative_inputs_see_how_candidates_lie_to_each_other_and_nothing_else()
     assert motion[0, :4, 0, 0].tolist() == [0, 0, 0.25, 0.25]
 
 
+def test_a_compiled_hierarchy_finds_the_same_matches():
+    """`torch.compile` cannot look into numba's loops, and must not try."""
+    torch.manual_seed(0)
+    config = MatchingConfig(channels=8, candidates=3, iterations=1, refinement="none", backend="compiled")
+    matcher = Hierarchy((8, 8), config).eval()
+    features, exemplar = [unit(1, 1, 8, 6, 6), unit(2, 1, 8, 12, 12)], unit(3, 1, 3, 12, 12)
+    given = features, [f.flip(-1) for f in features], exemplar
+    with torch.no_grad():
+        plain, compiled = matcher(*given)[1], torch.compile(matcher, backend="eager", fullgraph=True)(*given)[1]
+    torch.testing.assert_close(compiled.matches.positions, plain.matches.positions)
+    torch.testing.assert_close(compiled.warps[0], plain.warps[0])
+
+
 def test_a_match_between_two_pixels_is_as_good_as_one_on_a_pixel():
     """Query = exemplar half a pixel on: the right score of the right match is 1, and nothing whole comes near."""
     y = torch.tensor([[1.0, 0.0], [0.6, 0.8]]).T.reshape(1, 2, 1, 2)

@@ -172,9 +172,13 @@ def select_engine(backend: str, features: Tensor, candidates: int = 1) -> Engine
     `auto` takes the quickest that can handle the features, the reference where no other can. `exact` searches without
     PatchMatch (see `hierarchy.ExactLevel`); what is left to score of a field, it scores as `auto` does.
 
+    While `torch.compile` traces for a CPU it is the reference whatever is asked: a graph cannot hold compiled loops.
+
     Raises:
         MissingDependency: an engine is asked for by name and cannot run here.
     """
+    if torch.compiler.is_compiling() and not features.is_cuda:
+        return REFERENCE
     engine = None
     if backend == "triton" or (backend in ("auto", "exact") and features.is_cuda):
         engine = _triton(features, candidates)
