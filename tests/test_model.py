@@ -11,6 +11,7 @@ from cocosnet.config import load_config
 from cocosnet.model.cocosnet import CoCosNet
 from cocosnet.model.discriminator import Discriminator
 from cocosnet.model.layers import SpadeBlock, fold_spectral_norms, instance_norm
+from cocosnet.model.patchmatch import select_engine
 
 TINY = load_config("tiny-cpu")
 
@@ -103,6 +104,16 @@ def test_instance_norm_equals_pytorchs_in_value_and_gradient():
     torch.testing.assert_close(instance_norm(x), torch.nn.functional.instance_norm(x))
     assert torch.autograd.gradcheck(instance_norm, x)
     assert torch.equal(instance_norm(torch.full((1, 2, 1, 1), 7.0)), torch.full((1, 2, 1, 1), 7.0))
+
+
+def test_a_second_derivative_is_refused_where_the_code_of_the_first_has_none():
+    """A gradient penalty on the discriminator, say, would otherwise have a wrong gradient, in silence."""
+    x = torch.randn(1, 3, 5, 4, requires_grad=True)
+    scores = select_engine("auto", x).evaluate(torch.full((1, 1, 2, 5, 4), 1.5), x, x).scores
+    for value in (instance_norm(x).square(), scores.square()):
+        (gradient,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            gradient.square().sum().backward()
 
 
 @pytest.mark.timeout(1200)  # half a minute of processor time, more where the machine is shared

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from numba import njit, prange
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cocosnet.model import lanes, patchmatch, warp
 from cocosnet.model.lanes import LANES
@@ -152,6 +153,7 @@ class _Cosine(torch.autograd.Function):
         return scores
 
     @staticmethod
+    @once_differentiable
     @_torch_threads()
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         positions, features_x, features_y, scores = ctx.saved_tensors

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from triton import next_power_of_2
 
 from cocosnet.model import patchmatch
@@ -102,6 +103,7 @@ class _Scores(torch.autograd.Function):
         return scores.permute(0, 3, 1, 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         positions, features_x, features_y, scores = ctx.saved_tensors
         field, fx, fy = _inner(positions), _channels_last(features_x), _channels_last(features_y)
