@@ -15,6 +15,7 @@ from cocosnet.errors import ConfigError
 from cocosnet.losses.perceptual import Vgg, VggShape
 from cocosnet.losses.total import loss_weights, total_loss
 from cocosnet.model.build import build_model
+from cocosnet.model.cocosnet import CoCosNet
 from cocosnet.train.batches import StepBatches
 from cocosnet.train.networks import build_networks
 from cocosnet.train.steps import generator_losses
@@ -85,6 +86,11 @@ def test_a_run_is_resumed_and_its_checkpoint_translates(kind, prepared, tmp_path
         assert drawn.returncode == 0 and Image.open(tmp_path / "warp.png").width > 200
     else:
         assert drawn.returncode == 3 and drawn.stderr.count("\n") == 1 and "matches nothing" in drawn.stderr
+
+
+def test_another_systems_config_makes_no_cocosnet():
+    with pytest.raises(ValueError, match="build_model makes its network"):
+        CoCosNet(tiny("model.kind=spade"))
 
 
 def test_the_presets_fit_together():

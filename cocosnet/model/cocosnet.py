@@ -46,13 +46,18 @@ class CoCosNet(nn.Module):
 
     Raises:
         ValueError: an input is not float32, is empty, has the wrong number of dimensions, channels or pictures, or the
-            exemplar's condition another size than the exemplar.
+            exemplar's condition another size than the exemplar; or the config is another system's, whose network
+            `cocosnet.model.build.build_model` makes.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         shape, channels = config.model, config.data.condition_channels
+        if shape.kind == "spade" or shape.matching.compat != "none":
+            raise ValueError(
+                "another system's config (model.kind, model.matching.compat): build_model makes its network"
+            )
         self.levels = shape.matched_levels
         # Side, in px of the picture, of one pixel of the last level that is matched: 1 but for CoCosNet.
         self.finest = 2 ** (shape.encoder.levels - self.levels)
