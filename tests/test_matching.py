@@ -466,6 +466,19 @@ def test_relative_inputs_see_how_candidates_lie_to_each_other_and_nothing_else()
     assert motion[0, :4, 0, 0].tolist() == [0, 0, 0.25, 0.25]
 
 
+def test_the_refinement_is_given_the_best_match_first_also_without_propagation():
+    """Of the four children of a match, any may be the best; the refinement reads f^y at the first one."""
+    torch.manual_seed(0)
+    matcher = Hierarchy((8, 8), MatchingConfig(channels=8, candidates=4, iterations=2, hidden=8, propagation=False))
+    given = []
+    matcher.fine[0].refinement.register_forward_hook(lambda module, inputs, output: given.append(inputs[1].scores))
+    features = [unit(1, 1, 8, 6, 6), unit(2, 1, 8, 12, 12)]
+    matcher(features, [f.flip(-1) for f in features], unit(3, 1, 3, 12, 12))
+    assert len(given) == 2
+    for scores in given:
+        assert torch.equal(scores, scores.sort(dim=1, descending=True).values)
+
+
 def test_a_compiled_hierarchy_finds_the_same_matches():
     """`torch.compile` cannot look into numba's loops, and must not try."""
     torch.manual_seed(0)

@@ -110,9 +110,10 @@ class PatchMatchLevel(nn.Module):
         """One iteration from H_t and, where known, its scores. Returns the GRU's state and the scored H_{t+1}."""
         with torch.no_grad():
             x, y = features_x.detach(), features_y.detach()
-            proposed = (
-                engine.propagate(positions, x, y, scores) if self.propagation else engine.evaluate(positions, x, y)
-            )
+            if self.propagation:
+                proposed = engine.propagate(positions, x, y, scores)
+            else:  # the refinement takes the first candidate for the best one
+                proposed = engine.best_first(engine.evaluate(positions, x, y))
         if self.refinement is None:
             return None, engine.evaluate(proposed.positions, features_x, features_y)
         state, step = self._refine(state, proposed.detach(), features_x, features_y)
