@@ -60,6 +60,7 @@ def train(
 
 def _train(config: Config, data: Path, output: Path, device: str, resume: str, out: Output) -> None:
     """The run. Tells of its steps: of each as JSON on stdout where asked for, else now and then in a line on stderr."""
+    from cocosnet.data.dataset import crop_remark
     from cocosnet.train.trainer import Trainer
 
     tell = (lambda tick: out.row(tick, "")) if out.as_json else lambda tick: out.note(_status(tick))
@@ -72,6 +73,8 @@ def _train(config: Config, data: Path, output: Path, device: str, resume: str, o
         tick_seconds=0.0 if out.as_json else SECONDS_BETWEEN_LINES,
         resume=resume,
     )
+    if trainer.ranks.writes and (remark := crop_remark(data, config)):
+        out.note(remark)
     model = trainer.train()
     if trainer.ranks.writes:
         out.row({"model": str(model)}, str(model))

@@ -34,6 +34,7 @@ class WeightFile:
     used_by: str
     source: str
     alternatives: tuple[str, ...] = ()  # other files that do as well; their hashes are not known to us
+    otherwise: str = ""  # what to do without it, for what is hard to come by
 
 
 REGISTRY = {
@@ -58,6 +59,7 @@ REGISTRY = {
             size=29_431_664,
             used_by="train with loss.perceptual: vgg16-caffe",
             source="convolutions of Oxford's Caffe VGG-16 as fp16 safetensors (keys conv{block}_{i}.{weight,bias})",
+            otherwise="train with --set loss.perceptual=vgg19, whose weights can be downloaded",
         ),
         WeightFile(
             name="hed",
@@ -212,6 +214,7 @@ def _how_to_get(weight: WeightFile) -> str:
     return (
         f"the weights {weight.name!r} are not on this machine; get {weight.filename} from {where}, "
         f"sha256 {weight.sha256}, and put it at {search_folders()[0] / weight.filename}"
+        + (f"; or {weight.otherwise}" if weight.otherwise else "")
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from cocosctl.train import _memory_named, _status
 from cocosnet.checkpoint import read_metadata
 from cocosnet.config import PRESET_FOLDER, LossConfig, load_config, preset_names
 from cocosnet.data.dataset import PairDataset
+from cocosnet.data.prepare import DATASET_NAME
 from cocosnet.data.records import MANIFEST_NAME
 from cocosnet.errors import CheckpointError, ConfigError, OutputError
 from cocosnet.train.estimate import estimate
@@ -287,3 +289,15 @@ def test_tensorboard_hides_what_is_done_again_and_says_where_it_cannot_write(dat
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="file: cannot write"):
         TensorBoard(tmp_path / "file")
+
+
+@pytest.mark.parametrize(("prepared", "told"), [(40, False), (64, True)])
+def test_pictures_of_which_small_pieces_would_be_learned_are_told_of(data, tmp_path, capsys, prepared, told):
+    """Pictures are 40 px here; what matters is what the folder says of itself."""
+    folder = shutil.copytree(data, tmp_path / "data")
+    summary = {"task": "edge", "size": prepared, "classes": 0, "condition_source": {"network": "image"}}
+    (folder / DATASET_NAME).write_text(json.dumps(summary))
+    changes = ["train.images=2", "data.size=32"]
+    options = [word for change in changes for word in ("--set", change)]
+    assert run(["train", "tiny-cpu", "--data", str(folder), "-o", str(tmp_path / "run"), *options]) == 0
+    assert ("prepare with --size 32" in capsys.readouterr().err) == told

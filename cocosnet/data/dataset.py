@@ -20,6 +20,7 @@ from cocosnet.data.records import Record, read_manifest
 from cocosnet.errors import DataError
 
 MEMORY = 2 << 30  # bytes of decoded pictures that one process keeps
+WHOLE = 1.5  # times `data.size`: squares cut out of pictures of up to this size still show most of them
 
 
 class PairDataset(Dataset):
@@ -157,6 +158,22 @@ def as_prepared(folder: str | Path, config: Config) -> Config:
     if made_by is None or config.data.edges != "auto":
         return config
     return dataclasses.replace(config, data=dataclasses.replace(config.data, edges=made_by))
+
+
+def crop_remark(folder: str | Path, config: Config) -> str:
+    """A line on pictures so much larger than `data.size` that training would see small pieces of them; else "".
+
+    Raises:
+        DataError: the folder's dataset.json is damaged.
+    """
+    known = (Path(folder) / DATASET_NAME).exists()
+    prepared, size = read_summary(folder)["size"] if known else 0, config.data.size
+    if prepared <= WHOLE * size:
+        return ""
+    return (
+        f"{shown(folder)}: its pictures are prepared at {prepared} px, and only squares of {size} px of them are "
+        f"learned from; for whole ones prepare with --size {size}, or train with --set data.size={prepared}"
+    )
 
 
 def _edges(summary: dict[str, Any]) -> str | None:
