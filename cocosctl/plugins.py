@@ -1,9 +1,10 @@
-"""`cocosctl plugins`: which commands other packages add."""
+"""`cocosctl plugins`: which commands, metrics and extractors other packages add."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
@@ -12,14 +13,17 @@ from typer import Option
 from cocosctl import options
 from cocosctl.output import Output
 from cocosctl.registry import Command, all_commands, load_command, plugin_commands
+from cocosnet.doors import doors, open_door
 from cocosnet.errors import MissingDependency
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, help="List the commands that other packages add.")
+app = typer.Typer(
+    add_completion=False, rich_markup_mode=None, help="List what other packages add: commands, metrics, extractors."
+)
 
 
 @app.callback()
 def group() -> None:
-    """List the commands that other packages add."""
+    """List what other packages add: commands, metrics, extractors."""
 
 
 @app.command("list")
@@ -27,30 +31,51 @@ def list_plugins(
     check: Annotated[bool, Option("--check", help="Import each one and say whether it loads.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """List the commands that other packages add, and which of them are hidden by a command of the same name."""
+    """List the commands, metrics and extractors that other packages add, and which another of the same name hides."""
     out = Output(as_json)
+    for row in [*_commands(check), *_named("metric", check), *_named("extractor", check)]:
+        out.row(row, "  ".join((row["kind"], row["name"], row["target"], row["package"], row["state"])))
+
+
+def _commands(check: bool) -> Iterator[dict[str, Any]]:
     table = all_commands()
     for command in plugin_commands():
-        row = _row(command, table.get(command.name) == command, check)
-        out.row(row, f"{command.name}  {command.target}  {command.origin}  {row['state']}")
+        active = table.get(command.name) == command
+        yield _row("command", command, active, (lambda command=command: load_command(command)) if check else None)
 
 
-def _row(command: Command, active: bool, check: bool) -> dict[str, Any]:
-    """One command as plain values; state is active, hidden, loads, or why it does not load."""
-    state = "active" if active else "hidden by another command of this name"
-    if check and active:
+def _named(kind: str, check: bool) -> Iterator[dict[str, Any]]:
+    """What other packages add to the names that `eval --metrics`, or `prepare --extractor`, knows."""
+    if kind == "metric":
+        from cocosnet.metrics.registry import BUILT_IN, GROUP
+
+        own = set(BUILT_IN)
+    else:
+        from cocosnet.data.extractors import BUILT_IN, GROUP
+
+        own = {name for names in BUILT_IN.values() for name in names}
+    table = doors(GROUP, {})
+    for found in plugin_commands(GROUP):
+        active = found.name not in own and table[found.name].value == found.target
+        load = (lambda name=found.name: open_door(name, kind, table)) if check else None
+        yield _row(kind, found, active, load)
+
+
+def _row(kind: str, found: Command, active: bool, load: Callable[[], object] | None) -> dict[str, Any]:
+    """One of them as plain values; state is active, hidden, loads, or why it does not load."""
+    state = "active" if active else f"hidden by another {kind} of this name"
+    if load and active:
         try:
-            with contextlib.redirect_stdout(
-                sys.stderr
-            ):  # what a package prints while it is imported is none of our data
-                load_command(command)
+            with contextlib.redirect_stdout(sys.stderr):  # what a package prints while it is imported is no data
+                load()
             state = "loads"
         except MissingDependency as error:
             state = str(error)
     return {
-        "name": command.name,
-        "target": command.target,
-        "package": command.origin,
-        "summary": command.summary,
+        "kind": kind,
+        "name": found.name,
+        "target": found.target,
+        "package": found.origin,
+        "summary": found.summary,
         "state": state,
     }

@@ -47,16 +47,19 @@ COMMANDS = (
     Command("weights", "cocosctl.weights:app", "Show which weights are here and where they were found."),
     Command("config", "cocosctl.configs:app", "List, show, check and compare configs."),
     Command("doctor", "cocosctl.doctor:doctor", "Report what this machine has and what is missing."),
-    Command("plugins", "cocosctl.plugins:app", "List the commands that other packages add."),
+    Command("plugins", "cocosctl.plugins:app", "List what other packages add: commands, metrics, extractors."),
 )
 ALIASES = {"prepare-data": "prepare", "evaluate": "eval"}
 
 
-def plugin_commands() -> list[Command]:
-    """The commands that installed packages declare, by name; reads their metadata and imports none of them."""
+def plugin_commands(group: str = PLUGIN_GROUP) -> list[Command]:
+    """What installed packages declare in a group of entry points, their commands unless another is asked for, by name.
+
+    Reads their metadata and imports none of them.
+    """
     found = [
         Command(point.name, point.value, _summary(point), (point.dist and point.dist.name) or "unknown")
-        for point in entry_points(group=PLUGIN_GROUP)
+        for point in entry_points(group=group)
     ]
     return sorted(found, key=lambda command: (command.name, command.origin))
 

@@ -17,8 +17,12 @@ from cocosnet.errors import CocosError, ConfigError, MissingDependency
 
 
 def doors(group: str, built_in: Mapping[str, str]) -> dict[str, EntryPoint]:
-    """Entry points of `group` by name; another package cannot take over a built-in name. Imports nothing."""
-    found = {point.name: point for point in entry_points(group=group)}
+    """Entry points of `group` by name; another package cannot take over a built-in name. Imports nothing.
+
+    Of two packages' with one name that of the package whose name sorts first counts, as it does for commands.
+    """
+    points = sorted(entry_points(group=group), key=lambda point: (point.dist and point.dist.name) or "", reverse=True)
+    found = {point.name: point for point in points}
     return found | {name: EntryPoint(name, target, group) for name, target in built_in.items()}
 
 

@@ -101,5 +101,20 @@ def test_plugins_list_says_what_is_there(site):
     }
     assert rows["greet"]["state"] == "loads" and "out of order" in rows["crash"]["state"]
     assert "no licence" in rows["quits"]["state"]
-    assert rows["prepare"]["state"].startswith("hidden")
+    assert rows["prepare"]["state"].startswith("hidden") and rows["greet"]["kind"] == "command"
     assert "did you mean 'greet'" in run("greeet", PYTHONPATH=site).stderr
+
+
+def test_plugins_list_tells_of_metrics_and_extractors_too(tmp_path):
+    for package in ("apples", "pears"):
+        install(tmp_path, package, "", {package: "class Gap: pass"})
+        points = (
+            f"[cocosctl.metrics]\ngap = {package}:Gap\nswd = {package}:Gap\n[cocosctl.extractors]\nink = absent:ink\n"
+        )
+        (tmp_path / f"{package}-1.0.dist-info/entry_points.txt").write_text(points)
+    rows = lines(run("plugins", "list", "--json", "--check", PYTHONPATH=str(tmp_path)).stdout)
+    states = {(row["kind"], row["name"], row["package"]): row["state"] for row in rows}
+    assert states["metric", "gap", "apples"] == "loads"
+    assert "absent" in states["extractor", "ink", "apples"]
+    for hidden in (("metric", "gap", "pears"), ("metric", "swd", "apples")):
+        assert states[hidden].startswith("hidden")
