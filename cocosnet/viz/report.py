@@ -105,9 +105,9 @@ def write_report(
         title: heading and window title; plain text, as are all names (they are escaped).
         notes: paragraphs below the heading.
         metrics: what `cocosnet.metrics.evaluate` returned, shown as a table.
-        embed: put reduced pictures into the page (about 30 kB each; smaller ones where `rows` has a length and is long,
-            `cocosnet.viz.scores.picture_side`); False links the files by paths relative to the
-            page, and only ready pictures and formats that browsers do not know are put in.
+        embed: put reduced pictures into the page: about 30 kB each, and less where `rows` has a length and is long
+            (`cocosnet.viz.scores.picture_side`). False links the files by paths relative to the page, and only ready
+            or drawn pictures and formats that browsers do not know are put in.
 
     Raises:
         DataError: the page cannot be written.
