@@ -24,7 +24,16 @@ from cocosnet.checkpoint import find_checkpoint, load_model
 from cocosnet.config import DataConfig
 from cocosnet.data.conditions import condition_filter, condition_to_tensor, load_condition_image
 from cocosnet.data.extractors import Extractor, condition_extractor
-from cocosnet.data.images import check_file, load_rgb, resize_shorter, save_image, shown, to_image, to_tensor
+from cocosnet.data.images import (
+    check_file,
+    check_format,
+    load_rgb,
+    resize_shorter,
+    save_image,
+    shown,
+    to_image,
+    to_tensor,
+)
 from cocosnet.data.pose import Pose
 from cocosnet.data.records import Record
 from cocosnet.errors import ConfigError, DataError, is_out_of_memory
@@ -102,6 +111,12 @@ class Translator:
     @cached_property
     def extractor(self) -> Extractor:
         """The extractor of edges or poses that the model was trained with; for ready-made poses any."""
+        if self.data.task == "edge" and self.data.edges == "image":
+            logger.warning(
+                "%s: this model learned ready-made edges (data.edges: image), so a photograph's grey values are taken "
+                "for its edges; give an edge map",
+                shown(self.checkpoint),
+            )
         return condition_extractor(self.data, self.device)
 
     def translate(self, record: Record, output: Path, overwrite: bool = False) -> Record:
@@ -110,6 +125,7 @@ class Translator:
         Raises:
             DataError: an input cannot be read, the memory does not suffice, or the output cannot be written.
         """
+        check_format(output)
         start, made_of = time.perf_counter(), self._digest(record)
         if not overwrite and (found := self._up_to_date(made_of, output)):
             return _handled(record, output, "skipped", None, found["condition_source"])
@@ -123,10 +139,11 @@ class Translator:
         """What `translate` would do, without doing it: status ok (would be made) or skipped (is up to date).
 
         Raises:
-            DataError: an input is not there.
+            DataError: an input is not there, or the output's suffix names no format that is written.
         """
         for path in _inputs(record):
             check_file(path)
+        check_format(output)
         found = None if overwrite else self._up_to_date(self._digest(record), output)
         return dataclasses.replace(record, output=str(output), status="skipped" if found else "ok", seconds=None)
 

@@ -473,6 +473,19 @@ def test_what_a_user_gets_wrong_is_one_line(place, invoke, monkeypatch, conditio
     assert not (place / "never.png").exists()
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_picture_in_no_format_is_refused_before_the_network_runs(place, invoke, more):
+    files = [place / "edges/p0.png", place / "photos/p1.png", "-o", place / "never.tiff"]
+    code, out, err = invoke("translate", *files, "-w", place / "tiny.safetensors", *more)
+    assert (code, out, len(err.splitlines())) == (3, "", 1) and "never.tiff: cannot write this format" in err
+
+
+def test_a_photograph_for_a_model_of_ready_made_edges_is_told_of(place, invoke):
+    files = [place / "photos/p0.png", place / "photos/p1.png", "-o", place / "grey.png"]
+    code, _, err = invoke("translate", *files, "-w", place / "tiny.safetensors", "--raw")
+    assert code == 0 and "ready-made edges" in err
+
+
 @pytest.mark.parametrize(
     "command, config, output, code, said",
     [
