@@ -480,9 +480,10 @@ def test_a_picture_in_no_format_is_refused_before_the_network_runs(place, invoke
     assert (code, out, len(err.splitlines())) == (3, "", 1) and "never.tiff: cannot write this format" in err
 
 
-def test_a_photograph_for_a_model_of_ready_made_edges_is_told_of(place, invoke):
-    files = [place / "photos/p0.png", place / "photos/p1.png", "-o", place / "grey.png"]
-    code, _, err = invoke("translate", *files, "-w", place / "tiny.safetensors", "--raw")
+def test_a_photograph_for_a_model_of_ready_made_edges_is_told_of(place, invoke, tmp_path):
+    save_model(tmp_path / "m.safetensors", CoCosNet(load_config("tiny-cpu")))
+    files = [place / "photos/p0.png", place / "photos/p1.png", "-o", tmp_path / "grey.png"]
+    code, _, err = invoke("translate", *files, "-w", tmp_path / "m.safetensors", "--raw")
     assert code == 0 and "ready-made edges" in err
 
 
