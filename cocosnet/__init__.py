@@ -11,11 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["CoCosNet", "Config", "load_config", "load_model"]
+__all__ = ["CoCosNet", "Config", "build_model", "load_config", "load_model"]
 
 _HOMES = {
     "CoCosNet": "cocosnet.model.cocosnet",
     "Config": "cocosnet.config",
+    "build_model": "cocosnet.model.build",
     "load_config": "cocosnet.config",
     "load_model": "cocosnet.checkpoint",
 }

@@ -49,7 +49,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Where `prepare` finds photographs, conditions, splits and pairs. All paths are below SOURCE.
+    """Where `prepare` finds photographs, conditions, splits and pairs. All paths are below SOURCE, but `palette`, and
+    a list file of `pairs`, which are looked for from the working folder.
 
     Patterns of labels: {parent} is the photograph's folder below its photos folder, {stem} its name without suffix,
     {number} that as a number ({number:05d}), {block} the number over 2000, {part} a part of CelebAMask-HQ.
