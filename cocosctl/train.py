@@ -53,6 +53,8 @@ def train(
     check_trainable(resolved)
     with _memory_named():
         if dry_run:
+            if data.exists():
+                _check_data(data, resolved)
             _describe(resolved, device, out)
         else:
             _train(resolved, data, output, device, resume, out)
@@ -61,6 +63,7 @@ def train(
 def _train(config: Config, data: Path, output: Path, device: str, resume: str, out: Output) -> None:
     """The run. Tells of its steps: of each as JSON on stdout where asked for, else now and then in a line on stderr."""
     from cocosnet.data.dataset import crop_remark
+    from cocosnet.data.images import shown
     from cocosnet.train.trainer import Trainer
 
     tell = (lambda tick: out.row(tick, "")) if out.as_json else lambda tick: out.note(_status(tick))
@@ -75,6 +78,10 @@ def _train(config: Config, data: Path, output: Path, device: str, resume: str, o
     )
     if trainer.ranks.writes and (remark := crop_remark(data, config)):
         out.note(remark)
+    if trainer.ranks.writes and not len(trainer.held_out):
+        out.note(
+            f"{shown(data)}: no picture is held out, so nothing is validated; --set data.val_fraction=0.1 at `prepare`"
+        )
     model = trainer.train()
     if trainer.ranks.writes:
         out.row({"model": str(model)}, str(model))
@@ -109,6 +116,13 @@ def _status(tick: dict[str, Any]) -> str:
             f"left {left}",
         ]
     )
+
+
+def _check_data(data: Path, config: Config) -> None:
+    """Raises DataError where the run would end at once, since the folder does not fit the config."""
+    from cocosnet.data.dataset import check_prepared
+
+    check_prepared(data, config)
 
 
 def _describe(config: Config, device: str, out: Output) -> None:

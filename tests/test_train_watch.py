@@ -301,3 +301,22 @@ def test_pictures_of_which_small_pieces_would_be_learned_are_told_of(data, tmp_p
     options = [word for change in changes for word in ("--set", change)]
     assert run(["train", "tiny-cpu", "--data", str(folder), "-o", str(tmp_path / "run"), *options]) == 0
     assert ("prepare with --size 32" in capsys.readouterr().err) == told
+
+
+def test_a_dry_run_finds_out_that_the_folder_does_not_fit(data, tmp_path, capsys):
+    folder = shutil.copytree(data, tmp_path / "data")
+    (folder / DATASET_NAME).write_text(json.dumps({"task": "mask", "size": 40, "classes": 7}))
+    for changes, said in (([], "--set data.task=mask"), (["data.task=mask", "data.classes=3"], "--set data.classes=7")):
+        options = [word for change in changes for word in ("--set", change)]
+        command = ["train", "tiny-cpu", "--data", str(folder), "-o", str(tmp_path / "run"), *options]
+        for more in ([], ["--dry-run"]):
+            assert run([*command, *more]) == 3
+            assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_nothing_out_is_told_of(tmp_path, capsys):
+    folder = prepared_folder(tmp_path / "data", held_out=0)
+    command = ["train", "tiny-cpu", "--data", str(folder), "-o", str(tmp_path / "run")]
+    assert run([*command, "--set", "train.images=2", "--set", "data.size=32"]) == 0
+    assert "no picture is held out" in capsys.readouterr().err

@@ -133,13 +133,20 @@ def check_prepared(folder: str | Path, config: Config) -> None:
     if not (Path(folder) / DATASET_NAME).exists():
         return
     summary, data = read_summary(folder), config.data
-    remedy = "prepare the folder again or change the config"
-    if summary["task"] != data.task:
-        raise DataError(f"{shown(folder)}: prepared for task {summary['task']}, the config says {data.task}; {remedy}")
-    if summary["size"] < data.size:
-        raise DataError(f"{shown(folder)}: prepared at {summary['size']} px, the config needs {data.size}; {remedy}")
-    if data.task == "mask" and summary["classes"] > data.classes:
-        raise DataError(f"{shown(folder)}: has {summary['classes']} classes, the config {data.classes}; {remedy}")
+    misfits = (
+        ("task", summary["task"] != data.task, f"prepared for task {summary['task']}, the config says {data.task}"),
+        ("size", summary["size"] < data.size, f"prepared at {summary['size']} px, the config needs {data.size}"),
+        (
+            "classes",
+            data.task == "mask" and summary["classes"] > data.classes,
+            f"has {summary['classes']} classes, the config {data.classes}",
+        ),
+    )
+    for key, wrong, text in misfits:
+        if wrong:
+            raise DataError(
+                f"{shown(folder)}: {text}; add --set data.{key}={summary[key]}, or prepare the folder again"
+            )
     made_by = _edges(summary)
     if made_by and data.edges not in ("auto", made_by):
         raise DataError(

@@ -225,5 +225,5 @@ def _first_installed(task: str) -> str:
             return name
     raise MissingDependency(
         "poses need a detector: pip install 'cocosctl[pose]' (mediapipe), or rtmlib, or controlnet_aux; ready-made "
-        "OpenPose files are read with --labels DIR"
+        "`prepare` reads OpenPose files with --labels DIR"
     )
