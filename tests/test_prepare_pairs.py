@@ -311,12 +311,13 @@ def test_deepfashion_hd_pads_with_232_and_reads_its_canvas(tmp_path: Path) -> No
     assert joints[0].tolist() == [256, 128, 0.9] and joints[1].tolist() == [128, 384, 0.8]
     for path in pose.iterdir():
         path.unlink()
-    people = [{"pose_keypoints_2d": [375, 550, 0.9] + [0] * 51}]  # of the photograph, which the file says
-    content = {"canvas_width": 750, "canvas_height": 1101, "people": people}
-    (pose / "01_1_front.json").write_text(json.dumps(content))
-    (record,) = prepare(tmp_path, tmp_path / "out", load_recipe("deepfashion-hd"))
-    joints = json.loads(Path(record.condition).read_text())["people"][0]["pose_keypoints_2d"]
-    assert np.allclose(joints[:2], (256, 256), atol=0.5)
+    for canvas, nose in (((750, 1101), (100, 550.5)), ((512, 512), (128, 256))):  # as the file says: photograph, square
+        people = [{"pose_keypoints_2d": [*nose, 0.9] + [0] * 51}]
+        content = {"canvas_width": canvas[0], "canvas_height": canvas[1], "people": people}
+        (pose / "01_1_front.json").write_text(json.dumps(content))
+        (record,) = prepare(tmp_path, tmp_path / "out", load_recipe("deepfashion-hd"))
+        joints = json.loads(Path(record.condition).read_text())["people"][0]["pose_keypoints_2d"]
+        assert np.allclose(joints[:2], (128, 256), atol=0.5)
     with pytest.raises(ConfigError, match="crop=pad"):
         list(prepare(tmp_path, tmp_path / "out", load_recipe("deepfashion-hd", ["data.crop=none"])))
 

@@ -377,7 +377,7 @@ class Maker:
         pose = read_pose(item.labels[0], (side, side) if side else frame.size)
         if not pose.seen:
             raise DataError(f"{shown(item.labels[0])}: nobody is in it; add a pose or remove the photograph")
-        if pose.size == (side, side):
+        if side and pose.width == pose.height:  # the padded square, in whatever px the file counts
             return pose.resize(size)
         if pose.size != frame.size:
             pose = pose.resize(frame.size)
