@@ -31,11 +31,13 @@ def test_colours_are_found_and_read(indices: np.ndarray, suffix: str, share: flo
 
 
 def test_a_given_palette_keeps_its_order_and_knows_what_it_lacks(indices: np.ndarray, tmp_path: Path) -> None:
-    (tmp_path / "palette.json").write_text(str(COLOURS[:4].tolist()))
-    palette = read_palette(tmp_path / "palette.json")
+    for given in (COLOURS[:4].astype(float), COLOURS[:4]):
+        (tmp_path / "palette.json").write_text(str(given.tolist()))
+        palette = read_palette(tmp_path / "palette.json")
+        assert palette.tolist() == COLOURS[:4].tolist()
     found = nearest_colours(COLOURS[indices], palette)
     assert np.array_equal(found, np.where(indices == 4, UNKNOWN, indices))
-    for wrong in ("[[1, 2]]", "[[0.5, 0.5, 1.0]]", str([[1, 2, 3]] * 256)):
+    for wrong in ("[[1, 2]]", "[[0.5, 0.5, 1.0]]", "[[0.0, 0.0, 1.0]]", "[[0.5, 128, 1]]", str([[1, 2, 3]] * 256)):
         (tmp_path / "palette.json").write_text(wrong)
         with pytest.raises(DataError, match="palette"):
             read_palette(tmp_path / "palette.json")

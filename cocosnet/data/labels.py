@@ -102,7 +102,8 @@ def read_palette(path: str | Path) -> np.ndarray:
         palette = np.array(content["palette_rgb"] if isinstance(content, dict) else content)
         if palette.ndim != 2 or palette.shape[1] != 3 or palette.min() < 0 or palette.max() > 255:
             raise ValueError("not a list of [r, g, b] in 0..255")
-        if palette.dtype.kind not in "iu" or len(palette) > UNKNOWN:
+        fractions = palette.dtype.kind == "f" and (palette.max() <= 1 or (palette % 1).any())
+        if fractions or palette.dtype.kind not in "iuf" or len(palette) > UNKNOWN:
             raise ValueError(f"not whole numbers, or more than {UNKNOWN} colours")
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{shown(path)}: cannot read this palette ({error}); write [[r, g, b], ..] by class") from error
