@@ -26,9 +26,7 @@ from cocosnet.weights import search_folders, sha256_of
 VISIBLE = 0.5  # MediaPipe's visibility below which a joint is guessed rather than seen
 SCORED = 0.3  # RTMPose's score below which its authors do not draw a joint
 RTM_MODE = "balanced"  # of rtmlib: YOLOX-m finds people, RTMPose-m their joints
-CONTROLNET_SIDE = (
-    512  # px; the network sees 184, but its maps are 57 numbers of 64 bits for each px of what it is given
-)
+CONTROLNET_SIDE = 512  # px; the network sees 184, but answers with 57 numbers of 64 bits a px of what it is given
 CONTROLNET_FILE = "body_pose_model.pth"
 
 
