@@ -27,8 +27,9 @@ from cocosctl.app import run as run_here
 from cocosnet import weights
 from cocosnet.data.records import Record
 from cocosnet.metrics import metric_names
-from cocosnet.viz import scores
-from cocosnet.viz.scores import picture_side, write_scores_page
+from cocosnet.viz import report
+from cocosnet.viz.report import picture_side
+from cocosnet.viz.scores import write_scores_page
 
 
 @pytest.fixture(scope="module")
@@ -263,9 +264,9 @@ def test_ten_thousand_pairs_stay_a_page_that_opens(tmp_path, monkeypatch):
     smooth_picture(1, (256, 256)).save(tmp_path / "a.png")
     picture, result = str(tmp_path / "a.png"), {"metrics": {}, "count": 0, "failed": 0, "warnings": [], "weights": {}}
     records = [Record(id=str(i), output=picture, target=picture, extra={"scores": {"l1": i}}) for i in range(40)]
-    monkeypatch.setattr(scores, "SIDES", ())  # pictures as in a page of 10,000 pairs
+    monkeypatch.setattr(report, "SIDES", ())  # pictures as in a page of 10,000 pairs
     write_scores_page(tmp_path / "index.html", records, result)
     size = (tmp_path / "index.html").stat().st_size * 250 * 2.5  # 10,000 pairs of five pictures instead of 40 of two
     monkeypatch.undo()
-    assert picture_side(10_000) == scores.SMALLEST and picture_side(100) == 256
+    assert picture_side(10_000) == report.SMALLEST and picture_side(100) == 256
     assert size < 150e6

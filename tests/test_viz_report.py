@@ -18,7 +18,7 @@ from cocosnet.data.pose import Pose, write_pose
 from cocosnet.data.records import Record
 from cocosnet.errors import DataError
 from cocosnet.metrics import evaluate, records_from_folders
-from cocosnet.viz.report import Row, write_report
+from cocosnet.viz.report import Row, shown_picture, write_report
 from cocosnet.viz.scores import write_scores_page
 
 HOSTILE = "<script>alert(\"x\")</script> & 'é' \ud800"
@@ -130,6 +130,12 @@ def test_label_maps_and_poses_are_drawn_among_conditions(tmp_path, embed):
     for image, file in zip(others, ("edges.png", "labels.png"), strict=True):
         shown = decoded(image) if embed else Image.open(tmp_path / image["src"])
         assert np.array_equal(np.asarray(shown.convert("L")), np.asarray(Image.open(tmp_path / file)))
+
+
+def test_a_pose_of_a_big_photograph_is_drawn_at_the_size_that_is_shown(tmp_path):
+    write_pose(Pose(np.full((1, 18, 3), (2000, 1500, 0.9), np.float32), (4000, 3000)), tmp_path / "pose.json")
+    drawn, as_it_is = shown_picture("condition", tmp_path / "pose.json", 96)
+    assert drawn.size == (128, 96) and not as_it_is and np.asarray(drawn)[48, 64].any()
 
 
 def test_pictures_get_smaller_the_more_pairs_a_page_has(tmp_path):

@@ -20,14 +20,16 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 
-from cocosnet.data.images import load_rgb
+from cocosnet.data.images import load_rgb, shorter_size
 from cocosnet.data.labels import UNKNOWN
-from cocosnet.data.pose import POSE_SUFFIXES, draw_skeleton, read_pose
+from cocosnet.data.pose import POSE_SUFFIXES, Pose, draw_skeleton, read_pose
 from cocosnet.data.records import Record
 from cocosnet.errors import DataError
 from cocosnet.files import atomic_path
 from cocosnet.viz.canvas import distinct_colors
 
+SIDES = ((300, 256), (1500, 128), (4000, 96))  # up to so many pairs: px, longer side of a picture inside the page
+SMALLEST = 64  # px, beyond that
 QUALITY = 88  # of JPEGs inside the page
 COLUMNS = ("condition", "exemplar", "warp", "output", "target")
 VALUE_DIGITS = 5  # significant digits of a metric
@@ -106,14 +108,12 @@ def write_report(
         notes: paragraphs below the heading.
         metrics: what `cocosnet.metrics.evaluate` returned, shown as a table.
         embed: put reduced pictures into the page: about 30 kB each, and less where `rows` has a length and is long
-            (`cocosnet.viz.scores.picture_side`). False links the files by paths relative to the page, and only ready
-            or drawn pictures and formats that browsers do not know are put in.
+            (`picture_side`). False links the files by paths relative to the page, and only ready or drawn pictures
+            and formats that browsers do not know are put in.
 
     Raises:
         DataError: the page cannot be written.
     """
-    from cocosnet.viz.scores import picture_side  # which imports this module
-
     folder = Path(path).absolute().parent
     side = picture_side(len(rows) if isinstance(rows, Sized) else 0)
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", errors="replace") as page:
@@ -121,6 +121,11 @@ def write_report(
         for row in rows:
             page.writelines(_section(row_of(row) if isinstance(row, Record) else row, folder, embed, side))
         page.write("</main>\n</body>\n</html>\n")
+
+
+def picture_side(count: int) -> int:
+    """px, longer side of the pictures inside a page of `count` pairs."""
+    return next((side for limit, side in SIDES if count <= limit), SMALLEST)
 
 
 def _write_head(page: TextIO, title: str, notes: Iterable[str], metrics: Mapping[str, Any] | None) -> None:
@@ -187,7 +192,7 @@ def shown_picture(
 
     Args:
         title: of the column.
-        shorter: as for `load_rgb`.
+        shorter: shorter side in px that the caller will reduce it to, as for `load_rgb`.
 
     Raises:
         DataError: the file cannot be read.
@@ -197,9 +202,14 @@ def shown_picture(
     if title != "condition":
         return load_rgb(picture, shorter), True
     if Path(picture).suffix.lower() in POSE_SUFFIXES:
-        return draw_skeleton(read_pose(picture)), False
+        return draw_skeleton(_reduced(read_pose(picture), shorter)), False
     image = load_rgb(picture, shorter)
     return (_coloured(image), False) if _shows_indices(image) else (image, True)
+
+
+def _reduced(pose: Pose, shorter: int | None) -> Pose:
+    """A pose of no more px than are shown: 4000x3000 px would take 5 s and 900 MB to draw."""
+    return pose if shorter is None or min(pose.size) <= shorter else pose.resize(shorter_size(pose.size, shorter))
 
 
 def _shows_indices(image: Image.Image) -> bool:

@@ -19,10 +19,8 @@ from PIL import Image
 from cocosnet.data.records import Record, finite
 from cocosnet.errors import DataError
 from cocosnet.files import atomic_path
-from cocosnet.viz.report import STYLE, metrics_table, row_of, shown_picture
+from cocosnet.viz.report import STYLE, metrics_table, picture_side, row_of, shown_picture
 
-SIDES = ((300, 256), (1500, 128), (4000, 96))  # up to so many pairs: px, longer side of a picture inside the page
-SMALLEST = 64  # px, beyond that
 QUALITY = 80  # of the WebP pictures inside the page
 
 MORE_STYLE = """
@@ -116,11 +114,6 @@ def write_scores_page(
             page.write(f"pairs.push({script_json(_pair(record, side))});\n")
             advance()
         page.write(f"const keys = {script_json(_keys(records))};\n{SCRIPT}</script>\n</main>\n</body>\n</html>\n")
-
-
-def picture_side(count: int) -> int:
-    """px, longer side of the pictures inside a page of `count` pairs."""
-    return next((side for limit, side in SIDES if count <= limit), SMALLEST)
 
 
 def _write_head(page: TextIO, result: Mapping[str, Any]) -> None:
