@@ -125,10 +125,10 @@ def _maker(
 
 def _check_output(root: Path, output: Path, items: Sequence[Item]) -> None:
     """Raises ConfigError where the run would write over what it reads, or later take what it wrote for photographs."""
-    written = [Path(os.path.realpath(output / name)) for name in (IMAGES, CONDITIONS)]
+    own, *written = (Path(os.path.realpath(output / name)) for name in (".", IMAGES, CONDITIONS))
     for folder in {root, *(path.parent for item in items for path in (item.photo, *item.labels))}:
         real = Path(os.path.realpath(folder))
-        if real == Path(os.path.realpath(output)) or any(real.is_relative_to(place) for place in written):
+        if real == own or any(real.is_relative_to(place) for place in written):
             raise ConfigError(
                 f"{shown(output)}: the prepared dataset would lie among the files that it is made of, those of "
                 f"{shown(folder)}; give it a folder of its own"
