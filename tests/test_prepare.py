@@ -297,6 +297,8 @@ def test_a_prepared_folder_is_no_source(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="prepared folder"):
         run(tmp_path / "out", tmp_path / "again")
     assert len(run(tmp_path / "out/images", tmp_path / "again")) == 2
+    count = len(run(photos, photos / "first"))
+    assert len(run(photos, photos / "second")) == count
 
 
 def test_two_runs_at_once_do_not_meet(photos: Path, tmp_path: Path) -> None:

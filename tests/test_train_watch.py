@@ -16,8 +16,7 @@ from cocosctl.train import _memory_named, _status
 from cocosnet.checkpoint import read_metadata
 from cocosnet.config import PRESET_FOLDER, LossConfig, load_config, preset_names
 from cocosnet.data.dataset import PairDataset
-from cocosnet.data.prepare import DATASET_NAME
-from cocosnet.data.records import MANIFEST_NAME
+from cocosnet.data.records import DATASET_NAME, MANIFEST_NAME
 from cocosnet.errors import CheckpointError, ConfigError, OutputError
 from cocosnet.train.estimate import estimate
 from cocosnet.train.networks import build_networks

@@ -15,8 +15,7 @@ from torch.utils.data import Dataset
 from cocosnet.config import Config
 from cocosnet.data.conditions import condition_to_tensor, load_condition_image
 from cocosnet.data.images import load_rgb, shown, to_tensor
-from cocosnet.data.prepare import DATASET_NAME
-from cocosnet.data.records import Record, read_manifest
+from cocosnet.data.records import DATASET_NAME, Record, read_manifest
 from cocosnet.errors import DataError
 
 MEMORY = 2 << 30  # bytes of decoded pictures that one process keeps

@@ -34,7 +34,7 @@ from cocosnet.data.images import picture_size, shown
 from cocosnet.data.labels import find_palette, read_palette
 from cocosnet.data.making import CONDITIONS, FEATURES, IMAGES, STAMPS, Made, Maker, load_vector, without_status
 from cocosnet.data.pairs import Choice, check_pairs, choose, random_round
-from cocosnet.data.records import MANIFEST_NAME, Record, write_manifest
+from cocosnet.data.records import DATASET_NAME, MANIFEST_NAME, Record, is_prepared, write_manifest
 from cocosnet.data.sources import Item, check_crop, find_items, photo_root
 from cocosnet.errors import CocosError, ConfigError, DataError, Stopped
 from cocosnet.files import atomic_write
@@ -43,7 +43,7 @@ from cocosnet.launcher import place
 
 log = logging.getLogger(__name__)
 SCHEMA = "cocosctl.dataset/1"
-DATASET_NAME, ERRORS_NAME = "dataset.json", "errors.jsonl"
+ERRORS_NAME = "errors.jsonl"
 BYTES_A_PIXEL = {"image": 1.7, "edge": 0.45, "mask": 0.05}  # of the PNGs that we write, measured on photographs
 BYTES_A_POSE, BYTES_A_VECTOR, BYTES_A_STAMP = 900, 2200, 300
 PATIENCE = datetime.timedelta(days=1)  # how long a process waits for one that has more to do; of a dead one it hears
@@ -110,7 +110,7 @@ def _maker(
     for task in maker.tasks():
         maker.network(task)  # what is missing is said before anything is written
     root = photo_root(source, config.prepare)
-    if (root / MANIFEST_NAME).is_file() and (root / DATASET_NAME).is_file():
+    if is_prepared(root):
         raise ConfigError(f"{shown(root)}: a prepared folder; give the photographs, or look at it with --check")
     items = find_items(source, output, config, labels, maker.ready_made)
     _check_output(root, output, items)

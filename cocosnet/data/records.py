@@ -21,7 +21,7 @@ from cocosnet.errors import DataError
 from cocosnet.files import atomic_path
 
 SCHEMA = "cocosctl.pair/1"
-MANIFEST_NAME = "manifest.jsonl"
+MANIFEST_NAME, DATASET_NAME = "manifest.jsonl", "dataset.json"  # of a prepared folder
 PATH_FIELDS = ("condition", "exemplar", "exemplar_condition", "target", "output")
 EXTRA_PATHS = ("condition_image", "warp", "labels", "exemplar_labels")  # keys of `extra` that name files
 STATUSES = ("ok", "skipped", "error")
@@ -133,6 +133,11 @@ def read_manifest(path: str | Path) -> list[Record]:
     if not records:
         raise DataError(f"{path}: holds no records; make one with `cocosctl prepare`")
     return records
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether `prepare` has made all of a folder."""
+    return (folder / MANIFEST_NAME).is_file() and (folder / DATASET_NAME).is_file()
 
 
 def write_manifest(path: str | Path, records: Iterable[Record]) -> None:

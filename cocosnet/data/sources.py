@@ -23,6 +23,7 @@ from cocosnet.data.extractors import extractor_names, names_detector
 from cocosnet.data.images import SUFFIXES, find_images, shown
 from cocosnet.data.labels import PARTS, read_labels, read_palette
 from cocosnet.data.pose import POSE_SUFFIXES
+from cocosnet.data.records import is_prepared
 from cocosnet.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ def find_items(source: Path, output: Path, config: Config, labels: Path | None, 
     """The photographs below `source` with ids, conditions, splits and landmarks, sorted by name.
 
     Args:
-        output: left out where it lies below `source`.
+        output: left out where it lies below `source`, as other prepared folders are.
         labels: folder of conditions with the photographs' names, instead of prepare.labels.
         ready_made: whether conditions come from files.
 
@@ -110,7 +111,8 @@ def find_items(source: Path, output: Path, config: Config, labels: Path | None, 
         labels = source / "labels"
     suffix = config.prepare.suffix.lower()
     beside = () if labels is None or labels.resolve() == root.resolve() else (labels,)
-    photos = [path for path in find_images(root, (output, *beside)) if path.name.lower().endswith(suffix)]
+    found = [path for path in find_images(root, (output, *beside)) if path.name.lower().endswith(suffix)]
+    photos = _without_made(found, root)
     if not photos:
         raise DataError(f"{shown(source)}: holds no pictures; give a folder of PNG, JPEG or WebP files")
     find = _finder(source, root, labels, config) if ready_made else lambda photo, relative: ()
@@ -122,6 +124,15 @@ def find_items(source: Path, output: Path, config: Config, labels: Path | None, 
     left = _split(_chosen(items, source, config.prepare), source, config)
     if not left:
         raise DataError(f"{shown(source)}: lists and classes leave none of its {len(items)} pictures; mend them")
+    return left
+
+
+def _without_made(pictures: list[Path], root: Path) -> list[Path]:
+    """The pictures that are not in a prepared folder below `root`, as an earlier output is; a warning counts those."""
+    prepared = functools.cache(is_prepared)
+    left = [path for path in pictures if path.parent == root or not prepared(path.parent.parent)]
+    if len(left) < len(pictures):
+        log.warning("%s: passed over %d pictures of prepared folders in it", shown(root), len(pictures) - len(left))
     return left
 
 
