@@ -181,7 +181,9 @@ def _asked_for(items: Sequence[Item], path: Path) -> list[Sequence[Choice]]:
     choices = listed(items, [path])
     known = sum(map(bool, choices))
     if known < len(items):
-        log.warning("%s: has exemplars for %d of %d pictures; the others get random ones", path, known, len(items))
+        log.warning(
+            "%s: has exemplars for %d of %d pictures; the others are paired without it", path, known, len(items)
+        )
     return choices
 
 
