@@ -15,7 +15,7 @@ from cocosctl import options
 from cocosctl.jobs import own_device
 from cocosctl.output import Output
 from cocosnet.config import Config, check_trainable, config_to_dict, config_to_yaml, load_config
-from cocosnet.errors import ConfigError
+from cocosnet.errors import ConfigError, is_out_of_memory
 
 SECONDS_BETWEEN_LINES = 10.0
 _TOLD_APART = (  # what the status line has in words of its own
@@ -89,13 +89,14 @@ def _train(config: Config, data: Path, output: Path, device: str, resume: str, o
 
 @contextlib.contextmanager
 def _memory_named() -> Iterator[None]:
-    """A GPU that is too small is told of with what there is to do about it."""
-    import torch
-
+    """A GPU or a machine that is too small is told of with what there is to do about it."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        reason = ". ".join(" ".join(str(error).split()).split(". ")[:2]).rstrip(".")
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = " ".join(str(error).split()).rpartition("DefaultCPUAllocator: ")[2] or "out of memory"
+        reason = ". ".join(said.split(". ")[:2]).rstrip(".")
         raise ConfigError(
             f"{reason}; raise train.accumulate, set train.checkpointing=true and model.matching.checkpoint=true, or "
             "lower data.size"

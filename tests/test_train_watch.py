@@ -184,6 +184,18 @@ def test_a_gpu_that_is_too_small_is_a_line_with_what_to_do():
             raise torch.OutOfMemoryError(said)
 
 
+def test_a_machine_that_is_too_small_is_such_a_line_too_and_another_error_stays_what_it_is():
+    with pytest.raises(ConfigError, match="^can't allocate memory: you tried to allocate .*; raise train.accumulate,"):
+        with _memory_named():
+            torch.empty(2**60, dtype=torch.uint8)
+    with pytest.raises(ConfigError, match="^out of memory; raise train.accumulate,"):
+        with _memory_named():
+            bytearray(2**62)
+    with pytest.raises(RuntimeError, match="shape"):
+        with _memory_named():
+            torch.zeros(3).view(2)
+
+
 def test_the_averaged_model_matches_the_levels_that_have_entered(data, tmp_path):
     """Grids, validation and the best model are its; the other levels are not trained yet."""
     trainer = Trainer(tiny("train.level_warmup=100", "train.images=2"), data, tmp_path, "cpu")
