@@ -101,10 +101,11 @@ class Ranks:
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([*(gradient.flatten() for gradient in gradients), given])
         dist.all_reduce(flat)
-        *sums, counts = flat.split([*(p.numel() for p in parameters), len(parameters)])
-        for parameter, gradient, total, count in zip(parameters, gradients, sums, counts.tolist(), strict=True):
-            if count:
-                parameter.grad = gradient.copy_(total.view_as(gradient) / self.size)
+        flat /= self.size
+        *means, shares = flat.split([*(p.numel() for p in parameters), len(parameters)])
+        for parameter, gradient, mean, share in zip(parameters, gradients, means, shares.tolist(), strict=True):
+            if share:
+                parameter.grad = gradient.copy_(mean.view_as(gradient))
 
     def leave(self) -> None:
         """End the communication, after every rank has come here."""
