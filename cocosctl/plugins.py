@@ -15,6 +15,9 @@ from cocosctl.output import Output
 from cocosctl.registry import Command, all_commands, load_command, plugin_commands
 from cocosnet.doors import doors, open_door
 from cocosnet.errors import MissingDependency
+from cocosnet.metrics.registry import BUILT_IN, GROUP
+
+GROUPS = {"metric": GROUP, "extractor": "cocosctl.extractors"}  # of entry points
 
 app = typer.Typer(
     add_completion=False, rich_markup_mode=None, help="List what other packages add: commands, metrics, extractors."
@@ -46,19 +49,23 @@ def _commands(check: bool) -> Iterator[dict[str, Any]]:
 
 def _named(kind: str, check: bool) -> Iterator[dict[str, Any]]:
     """What other packages add to the names that `eval --metrics`, or `prepare --extractor`, knows."""
+    found = plugin_commands(GROUPS[kind])
+    if not found:  # the extractors' own names come with PyTorch, which takes seconds to load
+        return
+    own, table = _built_in(kind), doors(GROUPS[kind], {})
+    for point in found:
+        active = point.name not in own and table[point.name].value == point.target
+        load = (lambda name=point.name: open_door(name, kind, table)) if check else None
+        yield _row(kind, point, active, load)
+
+
+def _built_in(kind: str) -> set[str]:
+    """Names that no other package can take."""
     if kind == "metric":
-        from cocosnet.metrics.registry import BUILT_IN, GROUP
+        return set(BUILT_IN)
+    from cocosnet.data import extractors
 
-        own = set(BUILT_IN)
-    else:
-        from cocosnet.data.extractors import BUILT_IN, GROUP
-
-        own = {name for names in BUILT_IN.values() for name in names}
-    table = doors(GROUP, {})
-    for found in plugin_commands(GROUP):
-        active = found.name not in own and table[found.name].value == found.target
-        load = (lambda name=found.name: open_door(name, kind, table)) if check else None
-        yield _row(kind, found, active, load)
+    return {name for names in extractors.BUILT_IN.values() for name in names}
 
 
 def _row(kind: str, found: Command, active: bool, load: Callable[[], object] | None) -> dict[str, Any]:

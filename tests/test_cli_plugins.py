@@ -105,6 +105,13 @@ def test_plugins_list_says_what_is_there(site):
     assert "did you mean 'greet'" in run("greeet", PYTHONPATH=site).stderr
 
 
+def test_plugins_list_needs_no_torch(site, tmp_path):
+    """It is what one looks at where something does not load, and PyTorch takes seconds."""
+    (tmp_path / "torch.py").write_text("raise ImportError('of another machine')")
+    done = run("plugins", "list", PYTHONPATH=site)
+    assert done.returncode == 0 and "greet " in done.stdout and done.stderr == ""
+
+
 def test_plugins_list_tells_of_metrics_and_extractors_too(tmp_path):
     for package in ("apples", "pears"):
         install(tmp_path, package, "", {package: "class Gap: pass"})
