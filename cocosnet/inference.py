@@ -219,7 +219,8 @@ class Translator:
             condition = self._extracted(photo, path, side)
             return condition_to_tensor(_large_enough(condition, path), self.data)[None], self.extractor.provenance
         image = self._sized(load_condition_image(path, self.data), path, condition_filter(self.data))
-        if self.data.task == "edge" and ImageStat.Stat(image).mean[0] > LIGHT:
+        found = self.data.task == "edge" and self.data.edges != "image"  # ready-made ones may be dark on white
+        if found and ImageStat.Stat(image).mean[0] > LIGHT:
             logger.warning(
                 "%s: too light for edges, which are white on black; invert a drawing, and give --raw for a photograph",
                 shown(path),

@@ -411,6 +411,15 @@ def test_a_drawing_on_white_paper_is_told_of(place, invoke, tmp_path):
     assert code == 0 and f"warning: {tmp_path / 'drawing.png'}: too light for edges" in err
 
 
+def test_edges_of_the_kind_that_a_model_learned_from_ready_made_ones_are_not_too_light(place, invoke, tmp_path):
+    """Sets of drawings, dark on white, are learned as they are."""
+    save_model(tmp_path / "ready.safetensors", build_model(load_config("tiny-cpu", ["data.edges=image"])))
+    Image.new("L", (48, 40), 250).save(tmp_path / "drawing.png")
+    options = ("-w", tmp_path / "ready.safetensors", "-o", tmp_path / "o.png")
+    code, _, err = invoke("translate", tmp_path / "drawing.png", place / "photos" / "p1.png", *options)
+    assert code == 0 and "light" not in err
+
+
 def test_a_pipe_is_not_waited_for(place, tmp_path):
     """Whether it is up to date cannot be asked of it; that PNG cannot be written into it is one line."""
     os.mkfifo(tmp_path / "o.png")
