@@ -13,11 +13,10 @@ from typer import Option
 from cocosctl import options
 from cocosctl.output import Output
 from cocosctl.registry import Command, all_commands, load_command, plugin_commands
-from cocosnet.doors import doors, open_door
+from cocosnet.doors import GROUPS, doors, open_door
 from cocosnet.errors import MissingDependency
-from cocosnet.metrics.registry import BUILT_IN, GROUP
+from cocosnet.metrics.registry import BUILT_IN
 
-GROUPS = {"metric": GROUP, "extractor": "cocosctl.extractors"}  # of entry points
 
 app = typer.Typer(
     add_completion=False, rich_markup_mode=None, help="List what other packages add: commands, metrics, extractors."

@@ -15,6 +15,8 @@ from typing import Any
 
 from cocosnet.errors import CocosError, ConfigError, MissingDependency
 
+GROUPS = {"metric": "cocosctl.metrics", "extractor": "cocosctl.extractors"}  # of entry points
+
 
 def doors(group: str, built_in: Mapping[str, str]) -> dict[str, EntryPoint]:
     """Entry points of `group` by name; another package cannot take over a built-in name. Imports nothing.

@@ -10,13 +10,13 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING
 
-from cocosnet.doors import doors, open_door
+from cocosnet.doors import GROUPS, doors, open_door
 from cocosnet.errors import ConfigError
 
 if TYPE_CHECKING:
     from cocosnet.metrics.base import Metric
 
-GROUP = "cocosctl.metrics"
+GROUP = GROUPS["metric"]
 BUILT_IN = {
     "diversity": "cocosnet.metrics.perceptual:Diversity",
     "fd_vgg16": "cocosnet.metrics.fid:FDVgg16",

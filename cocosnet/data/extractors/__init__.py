@@ -20,11 +20,11 @@ from PIL import Image
 from cocosnet.config import DataConfig
 from cocosnet.data.images import resize_shorter, shorter_size
 from cocosnet.data.pose import Pose
-from cocosnet.doors import doors, open_door
+from cocosnet.doors import GROUPS, doors, open_door
 from cocosnet.errors import ConfigError, DataError, MissingDependency
 from cocosnet.weights import has_weights
 
-GROUP = "cocosctl.extractors"
+GROUP = GROUPS["extractor"]
 WORK_SIDE = 256  # px; edges of smaller pictures are found at this shorter side: below it HED sees faces as blobs
 _HERE = "cocosnet.data.extractors"
 BUILT_IN = {
