@@ -17,7 +17,6 @@ from cocosnet.doors import GROUPS, doors, open_door
 from cocosnet.errors import MissingDependency
 from cocosnet.metrics.registry import BUILT_IN
 
-
 app = typer.Typer(
     add_completion=False, rich_markup_mode=None, help="List what other packages add: commands, metrics, extractors."
 )
