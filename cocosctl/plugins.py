@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
@@ -71,8 +69,7 @@ def _row(kind: str, found: Command, active: bool, load: Callable[[], object] | N
     state = "active" if active else f"hidden by another {kind} of this name"
     if load and active:
         try:
-            with contextlib.redirect_stdout(sys.stderr):  # what a package prints while it is imported is no data
-                load()
+            load()
             state = "loads"
         except MissingDependency as error:
             state = str(error)

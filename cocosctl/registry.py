@@ -10,7 +10,9 @@ and its distribution's summary is what the root help shows.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -81,7 +83,8 @@ def load_command(command: Command) -> Any:
             not touched by it. A built-in command's own import error is a defect and is raised as it is.
     """
     try:
-        return _as_command(EntryPoint(command.name, command.target, PLUGIN_GROUP).load())
+        with contextlib.redirect_stdout(sys.stderr):  # what a package prints while it is imported is no data
+            return _as_command(EntryPoint(command.name, command.target, PLUGIN_GROUP).load())
     except CocosError:
         raise
     except (Exception, SystemExit) as error:  # whatever a foreign module raises while it is imported

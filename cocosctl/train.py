@@ -62,8 +62,6 @@ def train(
 
 def _train(config: Config, data: Path, output: Path, device: str, resume: str, out: Output) -> None:
     """The run. Tells of its steps: of each as JSON on stdout where asked for, else now and then in a line on stderr."""
-    from cocosnet.data.dataset import crop_remark
-    from cocosnet.data.images import shown
     from cocosnet.train.trainer import Trainer
 
     tell = (lambda tick: out.row(tick, "")) if out.as_json else lambda tick: out.note(_status(tick))
@@ -76,15 +74,24 @@ def _train(config: Config, data: Path, output: Path, device: str, resume: str, o
         tick_seconds=0.0 if out.as_json else SECONDS_BETWEEN_LINES,
         resume=resume,
     )
-    if trainer.ranks.writes and (remark := crop_remark(data, config)):
-        out.note(remark)
-    if trainer.ranks.writes and not len(trainer.held_out):
-        out.note(
-            f"{shown(data)}: no picture is held out, so nothing is validated; --set data.val_fraction=0.1 at `prepare`"
-        )
+    if trainer.ranks.writes:
+        _remark(data, config, len(trainer.held_out), out)
     model = trainer.train()
     if trainer.ranks.writes:
         out.row({"model": str(model)}, str(model))
+
+
+def _remark(data: Path, config: Config, held_out: int, out: Output) -> None:
+    """Say what a folder of training pictures lacks, where the run goes on all the same."""
+    from cocosnet.data.dataset import crop_remark
+    from cocosnet.data.images import shown
+
+    if remark := crop_remark(data, config):
+        out.note(remark)
+    if not held_out:
+        out.note(
+            f"{shown(data)}: no picture is held out, so nothing is validated; --set data.val_fraction=0.1 at `prepare`"
+        )
 
 
 @contextlib.contextmanager

@@ -38,10 +38,6 @@ def warp_visualize(
     out = Output(as_json, quiet, verbose)
 
     def load() -> Step:
-        if manifest is None:
-            from cocosnet.data.images import check_format
-
-            check_format(output)  # before minutes of work
         return _visualization(weights, device, raw, size, dry_run)
 
     done = run(condition, exemplar, manifest, limit, output, load, out)

@@ -153,6 +153,7 @@ class Translator:
         Raises as `translate` and `check_matching`.
         """
         self.check_matching()
+        check_format(output)
         from cocosnet.viz.panels import warp_panel
 
         start = time.perf_counter()

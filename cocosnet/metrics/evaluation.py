@@ -181,8 +181,9 @@ class Evaluation:
             if self._device.type == "cuda":
                 torch.cuda.synchronize()
             self._gathered.seconds[name] += time.perf_counter() - start
-            for score, value in zip(scores, found or [], strict=False):
-                score[name] = value
+            if found is not None:
+                for score, value in zip(scores, found, strict=True):
+                    score[name] = value
         for pair, score in zip(batch, scores, strict=True):
             self._gathered.add(pair, score)
 
