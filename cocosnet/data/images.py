@@ -22,7 +22,7 @@ from cocosnet.data.png import png_bytes
 from cocosnet.errors import DataError
 from cocosnet.files import atomic_path
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 MAX_PIXELS = 150_000_000  # pixels of one picture that we decode (450 MB as RGB); Pillow's own bound is 179 million
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # others are refused: EPS would start a program
 JPEG_MARK, PNG_MARK = b"\xff\xd8\xff", b"\x89PNG"  # what files begin with
@@ -72,7 +72,7 @@ def find_images(folder: str | Path, exclude: Sequence[str | Path] = ()) -> list[
     foreign = Counter(path.suffix.lower() for path in files if path.name.lower().endswith(FOREIGN_SUFFIXES))
     if foreign:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(foreign.items()))
-        log.warning("%s: passed over pictures in formats that are not read: %s", shown(folder), kinds)
+        logger.warning("%s: passed over pictures in formats that are not read: %s", shown(folder), kinds)
     return sorted([*(path for path in files if path.name.lower().endswith(SUFFIXES)), *refused])
 
 

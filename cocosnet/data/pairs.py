@@ -19,7 +19,7 @@ from cocosnet.config import PrepareConfig
 from cocosnet.data.sources import Item, read_list
 from cocosnet.errors import ConfigError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 CHUNK = 1024  # rows of the table of cosines that are held at once
 SAME = 1e-6  # cosine distance below which two files hold the same picture
 
@@ -181,7 +181,7 @@ def _asked_for(items: Sequence[Item], path: Path) -> list[Sequence[Choice]]:
     choices = listed(items, [path])
     known = sum(map(bool, choices))
     if known < len(items):
-        log.warning(
+        logger.warning(
             "%s: has exemplars for %d of %d pictures; the others are paired without it", path, known, len(items)
         )
     return choices

@@ -41,7 +41,7 @@ from cocosnet.files import atomic_write
 from cocosnet.groups import agree, end_group, everyone, join_group
 from cocosnet.launcher import place
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 SCHEMA = "cocosctl.dataset/1"
 ERRORS_NAME = "errors.jsonl"
 BYTES_A_PIXEL = {"image": 1.7, "edge": 0.45, "mask": 0.05}  # of the PNGs that we write, measured on photographs
@@ -290,7 +290,7 @@ class Preparation:
         self._write_summary(records)
         enlarged = sum(made.enlarged for made in self.made.values())
         if enlarged:
-            log.warning(
+            logger.warning(
                 "enlarged to data.size=%d px on the shorter side: %d of %d pictures; a smaller --size adds no blur",
                 self.config.data.size,
                 enlarged,
@@ -429,7 +429,7 @@ def _only_one(output: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise DataError(f"{shown(output)}: another prepare is at work on this folder; wait for it") from error
         except OSError as error:  # a file system without locks, as Lustre is where it was mounted without them
-            log.warning("%s: no locks here (%s); see to it that no other run writes to it", output, error.strerror)
+            logger.warning("%s: no locks here (%s); see to it that no other run writes to it", output, error.strerror)
         yield
 
 

@@ -26,7 +26,7 @@ from cocosnet.data.pose import POSE_SUFFIXES
 from cocosnet.data.records import is_prepared
 from cocosnet.errors import ConfigError, DataError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _PACKAGE = Path(__file__).resolve().parent.parent
 CARD_FOLDERS = (_PACKAGE / "dataset_cards", _PACKAGE.parent / "datasets")  # in the wheel; in the sources
 LONGEST_ID = 80  # characters before the hash
@@ -132,7 +132,7 @@ def _without_made(pictures: list[Path], root: Path) -> list[Path]:
     prepared = functools.cache(is_prepared)
     left = [path for path in pictures if path.parent == root or not prepared(path.parent.parent)]
     if len(left) < len(pictures):
-        log.warning("%s: passed over %d pictures of prepared folders in it", shown(root), len(pictures) - len(left))
+        logger.warning("%s: passed over %d pictures of prepared folders in it", shown(root), len(pictures) - len(left))
     return left
 
 
@@ -267,11 +267,11 @@ def _warn_of_no_split(source: Path, settings: PrepareConfig, trains: bool, inste
     if settings.val_lists:
         _warn_of_no_list(source, "val_lists", settings.val_lists, instead)
     elif trains:
-        log.warning("prepare.train_lists counts only beside a list of prepare.val_lists; %s", instead)
+        logger.warning("prepare.train_lists counts only beside a list of prepare.val_lists; %s", instead)
 
 
 def _warn_of_no_list(source: Path, key: str, names: tuple[str, ...], instead: str) -> None:
-    log.warning("prepare.%s: there is no %s in %s; %s", key, " or ".join(names), shown(source), instead)
+    logger.warning("prepare.%s: there is no %s in %s; %s", key, " or ".join(names), shown(source), instead)
 
 
 def split_of(name: str, val_fraction: float) -> str:

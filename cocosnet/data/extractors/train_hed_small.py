@@ -31,7 +31,7 @@ from cocosnet.data.extractors.hed_small import WIDTHS, HedSmall
 from cocosnet.data.images import find_images, load_rgb, resize_shorter
 from cocosnet.files import atomic_path, atomic_write
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 CROP = 256  # px, side of the crop that HED sees of a picture
 
 
@@ -60,7 +60,7 @@ def make_pairs(photos: Sequence[Path], hed: HED, seed: int) -> tuple[np.ndarray,
         with torch.autocast("cpu", torch.bfloat16):  # differs from fp32 by 0.0007 on average, in half the time
             edges[index] = (hed_edges(hed, [crop])[0].numpy() * 255 + 0.5).astype(np.uint8)
         if index % 100 == 0:
-            log.info("HED: %d of %d pictures", index, len(photos))
+            logger.info("HED: %d of %d pictures", index, len(photos))
     return pictures, edges
 
 
@@ -94,7 +94,7 @@ def train(pictures: np.ndarray, edges: np.ndarray, plan: TrainingPlan) -> HedSma
         optimizer.step()
         schedule.step()
         if step % 100 == 0:
-            log.info("step %d: loss %.4f, %.0f s", step, loss.item(), time.monotonic() - start)
+            logger.info("step %d: loss %.4f, %.0f s", step, loss.item(), time.monotonic() - start)
     return network.eval()
 
 
@@ -206,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         hed = find_weights("hed")
     facts = run(options.folders, options.out, hed, TrainingPlan(steps=options.steps), options.cache, options.limit)
-    log.info("%s", json.dumps(facts))
+    logger.info("%s", json.dumps(facts))
 
 
 if __name__ == "__main__":
