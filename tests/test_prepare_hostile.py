@@ -139,6 +139,34 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path: Path) -> None:
     assert " 0 up to date" not in again.stderr and len(read_manifest(tmp_path / "out")) == 4
 
 
+def helpers_of(process: subprocess.Popen) -> list[int]:
+    """The processes that make pictures for this one."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.0])
+def test_ctrl_c_is_one_line_while_the_helpers_still_start(tmp_path: Path, seconds: float) -> None:
+    photos = draw_pictures(tmp_path / "photos", 24, (400, 300))
+    command = [*COCOSCTL, "prepare", photos, "-o", tmp_path / "out", "--edges", "hed-small", "--workers", 2]
+    running = subprocess.Popen(
+        [*map(str, command)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=clean_environment(),
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while len(helpers_of(running)) < 2:
+        assert time.monotonic() < deadline and running.poll() is None
+        time.sleep(0.01)
+    time.sleep(seconds)
+    os.killpg(running.pid, signal.SIGINT)
+    said = running.communicate(timeout=60)[1]
+    assert running.returncode == 130 and said == "cocosctl: interrupted\n"
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ctrl_c_is_one_line_and_the_next_run_goes_on(tmp_path: Path, workers: int) -> None:
     photos = draw_pictures(tmp_path / "photos", 24, (400, 300))
@@ -176,9 +204,7 @@ def test_a_killed_helper_is_one_line_and_the_next_run_goes_on(tmp_path: Path) ->
         while len(list(tmp_path.glob("out/.stamps/*.json"))) < 2:
             assert time.monotonic() < deadline and running.poll() is None
             time.sleep(0.01)
-        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
-        helpers = [pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
-        os.kill(int(helpers[-1]), signal.SIGKILL)
+        os.kill(helpers_of(running)[-1], signal.SIGKILL)
         assert running.wait(timeout=120) == 75
         said.seek(0)
         lines_said = said.read().splitlines()

@@ -21,7 +21,9 @@ import itertools
 import json
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -279,7 +281,8 @@ class Preparation:
             collate_fn=_as_it_is,
             multiprocessing_context="spawn",  # a copy of a process with threads and networks may hang
         )
-        return iter(loader)
+        with children_never_hear_ctrl_c():
+            return iter(loader)
 
     def _finish(self, making: Iterator[Made]) -> Iterator[Record]:
         records = []
@@ -383,6 +386,24 @@ class _Elsewhere:
             return self.maker[part]
         except CocosError as error:
             return error
+
+
+@contextlib.contextmanager
+def children_never_hear_ctrl_c() -> Iterator[None]:
+    """Start processes that a terminal's Ctrl-C does not reach: this one hears it and ends them.
+
+    They would hear it before they can say what to do about it, while they import, and end in a traceback each.
+    They inherit that it is blocked; here it waits until they are started.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # else starting it, on the way, would let the signal through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
