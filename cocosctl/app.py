@@ -12,7 +12,7 @@ import typer
 from cocosctl.exits import ExitCode, exit_code_of
 from cocosctl.output import abandon, flush_or_abandon, prepare_streams, say, speaks, writing_stdout
 from cocosctl.registry import LazyGroup
-from cocosnet.errors import CocosError
+from cocosnet.errors import CocosError, Stopped
 
 EPILOG = (
     "Data goes to stdout, everything else to stderr. Exit codes: "
@@ -56,7 +56,7 @@ def run(arguments: list[str]) -> int:
         return ExitCode.INTERRUPTED
     except CocosError as error:
         _debug()
-        say(f"error: {error}")
+        say(str(error) if isinstance(error, Stopped) else f"error: {error}")
         return exit_code_of(error)
     except OSError as error:
         _debug()

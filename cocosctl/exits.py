@@ -33,6 +33,7 @@ _CODES = (
     (errors.MissingWeights, ExitCode.MISSING),
     (errors.MissingDependency, ExitCode.MISSING),
     (errors.Stopped, ExitCode.STOPPED),
+    (errors.HelperKilled, ExitCode.STOPPED),
     (errors.DataError, ExitCode.BAD_INPUT),
     (errors.ConfigError, ExitCode.BAD_INPUT),
     (errors.CheckpointError, ExitCode.BAD_INPUT),

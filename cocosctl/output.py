@@ -30,7 +30,8 @@ class Output:
         self.mute = not speaks()
         self.as_json, self.quiet = as_json, quiet or self.mute
         self.verbose = verbose and not self.quiet
-        logging.getLogger("cocosnet").handlers = [_Warnings(self)]
+        logging.getLogger("cocosnet").handlers = [_FromLibrary(self)]
+        logging.getLogger("cocosnet").setLevel(logging.INFO)
 
     def record(self, record: Record, role: str = "output") -> None:
         """Send one record on: as JSON, or as the path of its `role`. A failed one is also told on stderr."""
@@ -97,16 +98,17 @@ class Output:
             yield advance
 
 
-class _Warnings(logging.Handler):
-    """What the library warns of, said as the command says everything; without it Python would print it bare."""
+class _FromLibrary(logging.Handler):
+    """What the library tells and warns of, said as the command says everything; else Python would print it bare."""
 
     def __init__(self, out: Output) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__(logging.INFO)
         self.out = out
 
     def emit(self, record: logging.LogRecord) -> None:
         """Say it, unless quiet."""
-        self.out.note(f"warning: {record.getMessage()}")
+        kind = "warning: " if record.levelno >= logging.WARNING else ""
+        self.out.note(kind + record.getMessage())
 
 
 def say(text: str) -> None:

@@ -35,7 +35,11 @@ class MissingDependency(CocosError):
 
 
 class Stopped(CocosError):
-    """A signal asked to stop; the state was saved and the work can be resumed (exit code 75)."""
+    """A signal asked to stop; the state was saved and the work can be resumed (exit code 75). It is no mistake."""
+
+
+class HelperKilled(CocosError):
+    """A process that this one had started was killed; what is made stays and the work can be resumed (code 75)."""
 
 
 def is_out_of_memory(error: Exception) -> bool:

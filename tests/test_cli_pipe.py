@@ -635,11 +635,12 @@ def test_training_stops_on_a_signal_and_goes_on(place):
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 75 and "Traceback" not in said and "again" in said, said
-
+    assert "error" not in said  # it is what was asked for
     (stopped,) = (int(word) for word in said.split() if word.isdigit())  # "stopped at N images"
     command[command.index("train.images=400")] = f"train.images={stopped + 16}"
     done = run(*command)
     *ticks, last = lines(done.stdout)
     assert done.returncode == 0 and last == {"model": str(run_folder / "model.safetensors")}, done.stderr
+    assert f"goes on at {stopped} of {stopped + 16} images" in done.stderr
     assert first["images"] <= stopped < ticks[0]["images"] <= ticks[-1]["images"] == stopped + 16
     assert Path(last["model"]).is_file()

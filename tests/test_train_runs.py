@@ -219,12 +219,13 @@ def test_a_longer_run_goes_on_but_another_config_is_refused_by_name(data, tmp_pa
     assert load_config(tmp_path / "config.yaml").train.images == 4
 
 
-def test_a_damaged_state_is_passed_over_with_a_note(data, tmp_path, finished):
+def test_a_damaged_state_is_passed_over_with_a_note(data, tmp_path, finished, caplog):
     Trainer(tiny(), data, tmp_path, "cpu").train()
     newest = tmp_path / "checkpoints" / "state-000000008.pt"
     newest.write_bytes(newest.read_bytes()[:5000])
     Trainer(tiny(), data, tmp_path, "cpu").train()
     assert any("state-000000008.pt: damaged" in line.get("note", "") for line in stats(tmp_path))
+    assert "state-000000008.pt: damaged" in caplog.text
     assert differences(state(tmp_path, 8), state(finished[0], 8)) == []
     for path in (tmp_path / "checkpoints").glob("state-*.pt"):
         path.write_bytes(b"")

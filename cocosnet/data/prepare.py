@@ -38,7 +38,7 @@ from cocosnet.data.making import CONDITIONS, FEATURES, IMAGES, STAMPS, Made, Mak
 from cocosnet.data.pairs import Choice, check_pairs, choose, random_round
 from cocosnet.data.records import DATASET_NAME, MANIFEST_NAME, Record, is_prepared, write_manifest
 from cocosnet.data.sources import Item, check_crop, find_items, photo_root
-from cocosnet.errors import CocosError, ConfigError, DataError, Stopped
+from cocosnet.errors import CocosError, ConfigError, DataError, HelperKilled
 from cocosnet.files import atomic_write
 from cocosnet.groups import agree, end_group, everyone, join_group
 from cocosnet.launcher import place
@@ -184,8 +184,8 @@ class Preparation:
             made: called for each photograph that is made, or found to be; long before its record, where that waits.
 
         Raises:
-            DataError: another run is at work on the folder. OutputError: it cannot be written. Stopped: one of the
-                processes was killed.
+            DataError: another run is at work on the folder. OutputError: it cannot be written. HelperKilled: one of
+                the processes was.
         """
         rank, ranks = place()
         if ranks > 1:
@@ -408,7 +408,7 @@ def children_never_hear_ctrl_c() -> Iterator[None]:
 
 @contextlib.contextmanager
 def helpers_may_be_killed() -> Iterator[None]:
-    """Around work with further processes. Raises Stopped where one was killed, as the system does for want of memory.
+    """Around work with further processes. Raises HelperKilled where one was, as the system does for want of memory.
 
     PyTorch hears of that by a signal, and raises wherever its process is just then.
     """
@@ -417,7 +417,7 @@ def helpers_may_be_killed() -> Iterator[None]:
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):  # a defect in a process comes as "Caught .. in DataLoader"
             raise
-        raise Stopped(
+        raise HelperKilled(
             "a process that makes pictures was killed, perhaps for want of memory; run again with fewer --workers: "
             "what is made stays"
         ) from error

@@ -7,6 +7,7 @@ RUN/config.yaml  stats.jsonl  model.safetensors  best.safetensors  samples/IMAGE
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import shutil
@@ -49,6 +50,7 @@ from cocosnet.train.state import (
 from cocosnet.train.steps import Stepping, discriminator_step, generator_step
 from cocosnet.train.validation import validate
 
+logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # each asks to save and stop
 SKIP_LIMIT = 20  # steps in a row whose numbers are not finite, before the run gives up
 HEARTBEAT = 2.0  # s between two looks of a loading process whether the trainer still lives
@@ -188,10 +190,9 @@ class Trainer:
             raise CheckpointError(
                 f"{self.run}: the processes found different states; is this folder shared by all nodes?"
             )
-        notes = [*passed_over, "resumed"] if chosen is not None else passed_over
-        self.ranks.write(lambda: self._take_folder(notes))
+        self.ranks.write(lambda: self._take_folder(passed_over, resumed=chosen is not None))
 
-    def _take_folder(self, notes: list[str]) -> None:
+    def _take_folder(self, passed_over: list[str], resumed: bool) -> None:
         """Make the run folder say where the run stands, without what is going to be done again."""
         folders = self.run, self.run / "checkpoints", self.run / "samples"
         for path in [self.run / "stopped", *(path for folder in folders for path in folder.glob(".tmp-*"))]:
@@ -200,8 +201,11 @@ class Trainer:
             except OSError as error:
                 raise cannot_write(path, error) from error
         self.log.rewind(self.images)
-        for text in notes:
-            self.log.note(self.images, text)
+        for text in passed_over:
+            self._warn(text)
+        if resumed:
+            self.log.note(self.images, "resumed")
+            logger.info("%s: goes on at %d of %d images", self.run, self.images, self.config.train.images)
         atomic_write(self.run / "config.yaml", config_to_yaml(self.config))
         if self.config.train.tensorboard:
             self.board = TensorBoard(self.run / "tensorboard", self.images)
@@ -329,6 +333,11 @@ class Trainer:
             self._ticked = now
             self.on_tick(self._tick())
 
+    def _warn(self, text: str) -> None:
+        """Into the run's log, and to whoever watches."""
+        self.log.note(self.images, text)
+        logger.warning("%s: at %d images: %s", self.run, self.images, text)
+
     def _log(self, values: dict[str, float]) -> None:
         self.log.write(self.images, values)
         if self.board:
@@ -375,7 +384,7 @@ class Trainer:
         """Give up after too many steps in a row that could not be made."""
         self.skipped = 0 if applied else self.skipped + 1
         if not applied:
-            self.ranks.write(lambda: self.log.note(self.images, "step skipped: a loss or a gradient is not finite"))
+            self.ranks.write(lambda: self._warn("step skipped: a loss or a gradient is not finite"))
         if self.skipped >= SKIP_LIMIT:
             raise ConfigError(
                 f"{self.run}: {SKIP_LIMIT} steps in a row were not finite; start anew with lower "
