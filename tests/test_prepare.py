@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 from skimage.transform import resize as skimage_resize
 
-from cocosnet.config import Config, DataConfig
+from cocosnet.config import Config, DataConfig, PrepareConfig
 from cocosnet.data.conditions import load_condition
 from cocosnet.data.crop import face_box, load_landmarks
 from cocosnet.data.prepare import prepare
@@ -108,6 +109,22 @@ def test_only_what_changed_is_made_again(photos: Path, tmp_path: Path) -> None:
     assert changed == {first.stem, third.stem}
     assert {record.status for record in run(photos, tmp_path / "out", config(size=40))} == {"ok"}
     assert {record.status for record in run(photos, tmp_path / "out", config(size=40), overwrite=True)} == {"ok"}
+
+
+def test_a_release_that_makes_pictures_in_another_way_makes_them_anew(photos, tmp_path, monkeypatch) -> None:
+    run(photos, tmp_path / "out")
+    monkeypatch.setattr("cocosnet.data.making.METHOD", 1)
+    records = prepare(photos, tmp_path / "out", config(), extractor="hed-small")
+    assert next(records).status == "ok"
+    assert not (tmp_path / "out" / "manifest.jsonl").exists()  # it told of the pictures that were
+    assert {record.status for record in records} == {"ok"}
+
+
+def test_another_filling_is_not_passed_off_as_the_folder_that_was(photos: Path, tmp_path: Path) -> None:
+    run(photos, tmp_path / "out", config(crop="pad"))
+    white = dataclasses.replace(config(crop="pad"), prepare=PrepareConfig(pad_value=255))
+    next(prepare(photos, tmp_path / "out", white, extractor="hed-small"))
+    assert not (tmp_path / "out" / "manifest.jsonl").exists()
 
 
 def test_the_seed_decides_the_pairs(photos: Path, tmp_path: Path) -> None:

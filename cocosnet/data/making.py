@@ -31,6 +31,7 @@ from cocosnet.errors import DataError, OutputError
 from cocosnet.files import atomic_write
 
 IMAGES, CONDITIONS, STAMPS, FEATURES = "images", "conditions", ".stamps", ".features"
+METHOD = 2  # raised where the same options give other pictures or conditions, which are then made anew
 SQUARE_BY_FACE = ("face", "align")
 LONGEST = 16  # a picture's longer side over its shorter one; at a given shorter side a network's memory grows with it
 BATCH = 8  # pictures that a network on a GPU sees at once, where the config does not say
@@ -191,13 +192,18 @@ class Maker:
     @cached_property
     def _common(self) -> dict[str, Any]:
         """What the stamps of all items share, by part."""
-        image = [self.data.size, self.data.crop]
+        image = [METHOD, self.data.size, self.data.crop]
         image += [self.config.prepare.pad_value] if self.data.crop == "pad" else []
         if self.crops_faces and self.finds_points:
             image.append(self.network("landmarks").provenance)
         features = self.network("features").provenance if self.retrieves else None
         condition = [self.data.task, self.provenance, self.config.prepare.kind, self.config.prepare.pose_canvas]
         return {"image": image, "condition": condition, "feature": features}
+
+    @property
+    def recipe(self) -> str:
+        """A hash of how pictures and conditions are made."""
+        return digest([self._common["image"], self._common["condition"]])
 
     def paths(self, item: Item) -> dict[str, Path]:
         """Where the item's parts and its stamp lie."""

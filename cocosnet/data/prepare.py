@@ -252,7 +252,7 @@ class Preparation:
         """What dataset.json says of how pictures and conditions are made."""
         data = self.config.data
         facts = {"schema": SCHEMA, "task": data.task, "size": data.size, "crop": data.crop}
-        return facts | {"condition_source": self.maker.provenance}
+        return facts | {"condition_source": self.maker.provenance, "recipe": self.maker.recipe}
 
     def _order(self) -> list[int]:
         """Positions in the order in which they are needed: each picture and then its exemplar."""
