@@ -157,12 +157,14 @@ class _Cosine(torch.autograd.Function):
     @_torch_threads()
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         positions, features_x, features_y, scores = ctx.saved_tensors
-        fx, fy, field = _channels_last(features_x), _channels_last(features_y), _inner(positions)
+        (*features, blocks), field = _features(features_x, features_y), _inner(positions)
         gradient = _plain(gradient.masked_fill(scores == -torch.inf, 0).permute(0, 2, 3, 1))
-        by_position, by_x, by_y = np.zeros_like(field), np.zeros_like(fx), np.zeros_like(fy)
-        _scores_backward(fx, fy, field, gradient, by_position, by_x, by_y)
-        maps = (torch.from_numpy(g).permute(0, 3, 1, 2) for g in (by_x, by_y))
-        return _outer(torch.from_numpy(by_position)), *maps
+        given = *features, field.reshape(-1), gradient.reshape(-1)
+        by_position, by_x, by_y = (np.zeros_like(array) for array in (given[2], *features))
+        shape, limits = field.shape, tuple(features_y.shape[-2:])
+        _scores_backward(given, shape, limits, blocks, (by_position, by_x, by_y))
+        maps = (_map(g, like) for g, like in ((by_x, features_x), (by_y, features_y)))
+        return _outer(torch.from_numpy(by_position).view(shape)), *maps
 
 
 def _features(*maps_BCHW: Tensor) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
@@ -175,6 +177,12 @@ def _features(*maps_BCHW: Tensor) -> tuple[np.ndarray, np.ndarray, tuple[int, ..
         _plain(F.pad(m.detach().permute(0, 2, 3, 1), (0, rest)) if rest else m.permute(0, 2, 3, 1)) for m in maps_BCHW
     ]
     return *(m.reshape(-1) for m in flat), (0,) * blocks
+
+
+def _map(flat: np.ndarray, like: Tensor) -> Tensor:
+    """A map of `like`'s shape B,C,H,W of what lies as `_features` lays it."""
+    batch, channels, height, width = like.shape
+    return torch.from_numpy(flat).view(batch, height, width, -1)[..., :channels].permute(0, 3, 1, 2)
 
 
 def _state(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
@@ -720,60 +728,120 @@ def _corners(value, size):
 
 
 @njit(parallel=True, cache=True)
-def _scores_backward(features_x, features_y, field, gradient, by_position, by_x, by_y):
-    """Gradients of `_scores`. Pictures in parallel: within one, pixels add to the same places of the exemplar's map."""
-    batch, height, width, candidates, _ = field.shape
-    for b in prange(batch):
-        for i in range(height):
-            for j in range(width):
-                for k in range(candidates):
-                    if gradient[b, i, j, k] != 0:
-                        _cosine_backward(
-                            features_x[b, i, j],
-                            features_y[b],
-                            field[b, i, j, k],
-                            gradient[b, i, j, k],
-                            by_position[b, i, j, k],
-                            by_x[b, i, j],
-                            by_y[b],
-                        )
+def _scores_backward(given, shape, limits, blocks, results):
+    """Gradients of `_evaluate`'s scores by the positions, written, and by both features, added: flat arrays `results`.
+
+    given: fx, fy, the field and the gradient by the scores, flat. Pictures in parallel: within one, pixels add to the
+    same places of the exemplar's map.
+    """
+    fx, fy, field, gradient = given
+    by_position, by_x, by_y = results
+    batch, height, width, candidates, _ = shape
+    for image in prange(batch):
+        read = lanes.pointer(fx), lanes.pointer(fy), lanes.pointer(field), lanes.pointer(gradient)
+        write = lanes.pointer(by_position), lanes.pointer(by_x), lanes.pointer(by_y)
+        for pixel in range(image * height * width, (image + 1) * height * width):
+            for n in range(pixel * candidates, (pixel + 1) * candidates):
+                if read[3][n] != 0:
+                    _cosine_backward(read, pixel * LANES * len(blocks), n, image, limits, blocks, write)
 
 
 @njit
-def _cosine_backward(fx, fy, position, g, by_position, by_x, by_y):
-    """Gradients of `_similarity`, added to by_x C and by_y H,W,C, written to by_position 2.
+def _cosine_backward(given, at, n, image, limits, blocks, results):
+    """Gradients of `_similarity` of candidate n, whose pixel has fx[at : at + P].
 
-    Without _FAST: left to choose, the compiler rounded one way in the code that it runs at once and another way in the
-    code that it keeps on the disk, and a run whose process had compiled went on with other bits when it was resumed.
+    In vectors, in an order of their own, and without _FAST: left to choose, the compiler rounded one way in the code
+    that it runs at once and another way in the code that it keeps on the disk, and a run whose process had compiled
+    went on with other bits when it was resumed.
     """
-    y0, y1, v = _corners(position[0], fy.shape[0])
-    x0, x1, u = _corners(position[1], fy.shape[1])
-    one = np.float32(1)
-    w00, w01, w10, w11 = (one - v) * (one - u), (one - v) * u, v * (one - u), v * u
-    f00, f01, f10, f11 = fy[y0, x0], fy[y0, x1], fy[y1, x0], fy[y1, x1]
-    g00, g01, g10, g11 = by_y[y0, x0], by_y[y0, x1], by_y[y1, x0], by_y[y1, x1]
-    product, square = np.float32(0), np.float32(0)
-    for c in range(fx.shape[0]):
-        blend = w00 * f00[c] + w01 * f01[c] + w10 * f10[c] + w11 * f11[c]
-        product += fx[c] * blend
-        square += blend * blend
+    fx, fy, field, gradient = given
+    y0, y1, v = _corners(field[2 * n], limits[0])
+    x0, x1, u = _corners(field[2 * n + 1], limits[1])
+    top, bottom, step = (image * limits[0] + y0) * limits[1], (image * limits[0] + y1) * limits[1], LANES * len(blocks)
+    places = (top + x0) * step, (top + x1) * step, (bottom + x0) * step, (bottom + x1) * step
+    product, square = _blended_dots(fx, at, fy, places, (v, u), step)
     length = max(np.sqrt(square), SHORTEST)
     # The length of a blend that is too short to be stretched to 1 plays no part.
-    score = product / length if length > SHORTEST else np.float32(0)
-    d00, d01, d10, d11 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-    for c in range(fx.shape[0]):
-        direction = (w00 * f00[c] + w01 * f01[c] + w10 * f10[c] + w11 * f11[c]) / length
-        by_x[c] += g * direction
-        change = g * (fx[c] - score * direction) / length
-        d00 += change * f00[c]
-        d01 += change * f01[c]
-        d10 += change * f10[c]
-        d11 += change * f11[c]
-        g00[c] += w00 * change
-        g01[c] += w01 * change
-        g10[c] += w10 * change
-        g11[c] += w11 * change
+    back = product / (length * length) if length > SHORTEST else np.float32(0)
+    by_y, by_x = _spread(fx, at, fy, places, (v, u), step, (gradient[n] / length, back), results)
     if y1 > y0:
-        by_position[0] = (one - u) * (d10 - d00) + u * (d11 - d01)
+        results[0][2 * n] = by_y
     if x1 > x0:
-        by_position[1] = (one - v) * (d01 - d00) + v * (d11 - d10)
+        results[0][2 * n + 1] = by_x
+
+
+@njit(inline="always")
+def _weights(shares):
+    """How much the four pixels around a place count, as vectors. shares: of the lower row, of the right column."""
+    (v, u), one = shares, np.float32(1)
+    return (
+        lanes.splat((one - v) * (one - u)),
+        lanes.splat((one - v) * u),
+        lanes.splat(v * (one - u)),
+        lanes.splat(v * u),
+    )
+
+
+@njit(inline="always")
+def _corner_vectors(array, places, c):
+    """The vectors of channels of four pixels from channel `c` on."""
+    return (
+        lanes.load(array, places[0] + c),
+        lanes.load(array, places[1] + c),
+        lanes.load(array, places[2] + c),
+        lanes.load(array, places[3] + c),
+    )
+
+
+@njit(inline="always")
+def _mixed(weights, vectors):
+    """Sum of weight times vector, over four."""
+    upper = lanes.add(lanes.multiply(weights[0], vectors[0]), lanes.multiply(weights[1], vectors[1]))
+    lower = lanes.add(lanes.multiply(weights[2], vectors[2]), lanes.multiply(weights[3], vectors[3]))
+    return lanes.add(upper, lower)
+
+
+@njit
+def _blended_dots(fx, at, fy, places, shares, step):
+    """`lanes.blended_dots`, in an order that no compiler may change."""
+    products = squares = lanes.splat(np.float32(0))
+    for c in range(0, step, LANES):
+        blend = _mixed(_weights(shares), _corner_vectors(fy, places, c))
+        products = lanes.add(products, lanes.multiply(lanes.load(fx, at + c), blend))
+        squares = lanes.add(squares, lanes.multiply(blend, blend))
+    return lanes.total(products), lanes.total(squares)
+
+
+@njit
+def _spread(fx, at, fy, places, shares, step, factors, results):
+    """Add what a score changes by to the gradients of its features, and return its gradients by y and by x.
+
+    factors: of the whole gradient, and of the blend that is taken off fx, as moving along it changes no cosine.
+    """
+    weights, (scale, back) = _weights(shares), (lanes.splat(factors[0]), lanes.splat(factors[1]))
+    down = lanes.subtract(lanes.splat(np.float32(1)), lanes.splat(shares[1])), lanes.splat(shares[1])
+    right = lanes.subtract(lanes.splat(np.float32(1)), lanes.splat(shares[0])), lanes.splat(shares[0])
+    by_y = by_x = lanes.splat(np.float32(0))
+    for c in range(0, step, LANES):
+        corners = _corner_vectors(fy, places, c)
+        blend = _mixed(weights, corners)
+        _add(results[1], at + c, lanes.multiply(scale, blend))
+        change = lanes.multiply(scale, lanes.subtract(lanes.load(fx, at + c), lanes.multiply(back, blend)))
+        for corner in range(4):
+            _add(results[2], places[corner] + c, lanes.multiply(weights[corner], change))
+        by_y = lanes.add(by_y, lanes.multiply(change, _slope(down, corners[0], corners[2], corners[1], corners[3])))
+        by_x = lanes.add(by_x, lanes.multiply(change, _slope(right, corners[0], corners[1], corners[2], corners[3])))
+    return lanes.total(by_y), lanes.total(by_x)
+
+
+@njit(inline="always")
+def _add(array, index, vector):
+    """array[index : index + LANES] += vector."""
+    lanes.store(array, index, lanes.add(lanes.load(array, index), vector))
+
+
+@njit(inline="always")
+def _slope(weights, first, after_first, second, after_second):
+    """How fast a blend changes along an axis: the weighted mean of two differences."""
+    one, other = lanes.subtract(after_first, first), lanes.subtract(after_second, second)
+    return lanes.add(lanes.multiply(weights[0], one), lanes.multiply(weights[1], other))

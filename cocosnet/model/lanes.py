@@ -108,6 +108,7 @@ def _elementwise(operation: Callable) -> Callable:
 
 subtract = _elementwise(lambda builder, a, b: builder.fsub(a, b))
 add = _elementwise(lambda builder, a, b: builder.fadd(a, b))
+multiply = _elementwise(lambda builder, a, b: builder.fmul(a, b))
 # Of an unordered pair (NaN) both give b.
 largest = _elementwise(lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
 smallest = _elementwise(lambda builder, a, b: builder.select(builder.fcmp_ordered("<", a, b), a, b))
@@ -199,6 +200,24 @@ def least(_typing, vector):
 
     def generate(_context, builder, _signature, values):
         return _reduce(builder, "fmin", values[0])
+
+    return types.float32(vector), generate
+
+
+@intrinsic
+def total(_typing, vector):
+    """The sum of the numbers, halves added to halves: an order that no compiler may change."""
+
+    def generate(_context, builder, _signature, values):
+        rest, width = values[0], LANES
+        while width > 1:
+            width //= 2
+            halves = [
+                ir.Constant(ir.VectorType(ir.IntType(32), width), list(range(start, start + width)))
+                for start in (0, width)
+            ]
+            rest = builder.fadd(*(builder.shuffle_vector(rest, rest, half) for half in halves))
+        return builder.extract_element(rest, ir.Constant(ir.IntType(32), 0))
 
     return types.float32(vector), generate
 
