@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from cocosnet.config import MatchingConfig, load_config
 from cocosnet.errors import MissingDependency
 from cocosnet.model import patchmatch
-from cocosnet.model.convgru import Refinement, relative_motion
+from cocosnet.model.convgru import ConvGRU, Refinement, relative_motion
 from cocosnet.model.exact import exact_top_k, exact_warp, top_k_of_rows
 from cocosnet.model.hierarchy import Hierarchy
 from cocosnet.model.matches import Matches
 from cocosnet.model.patchmatch import REFERENCE, select_engine
-from cocosnet.model.warp import pixel_grid, soft_warp
+from cocosnet.model.warp import child_positions, pixel_grid, soft_warp
 
 
 def unit(seed, *shape, dtype=torch.float32):
@@ -437,6 +437,40 @@ def test_the_warp_teaches_the_refinement_where_to_look():
     assert losses[-1] < 0.4 * losses[0]
     step = (levels[-1].matches.positions[:, 0] - pixel_grid(24, 24))[..., 4:-4, 4:-4].mean((0, 2, 3))
     assert step.tolist() == pytest.approx([1, 2], abs=0.4)
+
+
+def test_the_gru_is_eq_6():
+    torch.manual_seed(0)
+    gru = ConvGRU(3, 4).double()
+    before, x = torch.randn(2, 4, 5, 6).double(), torch.randn(2, 3, 5, 6).double()
+    theta_z, theta_r = ((w, b) for w, b in zip(gru.gates.weight.chunk(2), gru.gates.bias.chunk(2), strict=True))
+    theta_h = gru.proposal.weight, gru.proposal.bias
+
+    def convolved(state, theta):
+        return F.conv2d(torch.cat([state, x], 1), *theta, padding=1)
+
+    z, r = torch.sigmoid(convolved(before, theta_z)), torch.sigmoid(convolved(before, theta_r))
+    expected = (1 - z) * before + z * torch.tanh(convolved(r * before, theta_h))
+    torch.testing.assert_close(gru(before, x), expected)
+
+
+def test_a_level_alternates_propagation_and_refinement():
+    """H'_t = propagation(H_t) and O_t, S_t of it enter the refinement; H_{t+1} = H'_t + dH_t is what comes next."""
+    torch.manual_seed(0)
+    matcher = Hierarchy((8, 8), MatchingConfig(channels=8, candidates=4, iterations=3, hidden=8, backend="reference"))
+    refinement, seen = matcher.fine[0].refinement, []
+    torch.nn.init.normal_(refinement.head[-1].bias)
+    refinement.register_forward_hook(lambda module, inputs, output: seen.append((*inputs, *output)))
+    features = [unit(1, 1, 8, 6, 6), unit(2, 1, 8, 12, 12)]
+    coarse, fine = matcher(features, [f.flip(-1) for f in features], unit(3, 1, 3, 12, 12))
+    positions, state = child_positions(coarse.matches.positions, 12, 12), None
+    for before, proposed, x, y, after, step in seen:
+        wanted = patchmatch.propagate(positions, x, y)
+        assert torch.equal(proposed.positions, wanted.positions) and torch.equal(proposed.scores, wanted.scores)
+        assert before is state and 0.5 < step.abs().max() <= 3
+        positions, state = patchmatch.clamp_positions(wanted.positions + step, 12, 12), after
+    last = patchmatch.best_first(patchmatch.evaluate(positions, x, y))
+    assert len(seen) == 3 and torch.equal(fine.matches.positions, last.positions)
 
 
 @pytest.mark.parametrize(("refinement", "inputs"), [("gru", "absolute"), ("conv", "absolute"), ("gru", "relative")])

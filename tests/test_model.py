@@ -10,7 +10,7 @@ import torch
 from cocosnet.config import load_config
 from cocosnet.model.cocosnet import CoCosNet
 from cocosnet.model.discriminator import Discriminator
-from cocosnet.model.layers import SpadeBlock, fold_spectral_norms, instance_norm
+from cocosnet.model.layers import Spade, SpadeBlock, fold_spectral_norms, instance_norm
 from cocosnet.model.patchmatch import select_engine
 
 TINY = load_config("tiny-cpu")
@@ -125,6 +125,19 @@ def test_folded_spectral_norms_give_the_same_bytes_and_leave_nothing_to_work_out
     assert not any("parametrizations" in name for name in model.state_dict())
     with torch.inference_mode():
         assert torch.equal(model(condition, exemplar).image, before)
+
+
+def test_the_modulation_is_eq_9():
+    """alpha(w) (T - mu) / sigma + beta(w): mu and sigma of each position over the channels, w shrunk by averages."""
+    torch.manual_seed(0)
+    spade = Spade(channels=5, guide_channels=3, hidden=7)
+    x, guide = torch.randn(2, 5, 4, 6), torch.randn(2, 3, 8, 12)
+    small = guide.reshape(2, 3, 4, 2, 6, 2).mean((3, 5))
+    alpha, beta = spade.alpha_beta(torch.relu(spade.shared(small))).double().split(5, dim=1)
+    mu = x.double().mean(1, keepdim=True)
+    sigma = ((x.double() - mu).square().mean(1, keepdim=True) + 1e-5).sqrt()
+    expected = (1 + alpha) * (x.double() - mu) / sigma + beta
+    torch.testing.assert_close(spade(x, guide).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("widths", [(6, 4), (4, 4)])

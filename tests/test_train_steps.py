@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.utils import parametrize
 from train_tools import prepared_folder, small_vgg, steps_by, tiny
 
@@ -13,6 +14,7 @@ from cocosnet.config import load_config
 from cocosnet.data.dataset import PairDataset
 from cocosnet.data.distortion import apply_grid
 from cocosnet.errors import DataError
+from cocosnet.losses.appearance import FEATURE_WEIGHTS, contextual_loss
 from cocosnet.losses.perceptual import load_perceptual
 from cocosnet.losses.total import loss_weights, total_loss
 from cocosnet.precision import pick_precision
@@ -57,6 +59,63 @@ def test_the_whole_objective_reaches_every_parameter(pairs, request, monkeypatch
         for name, parameter in part.named_parameters():
             assert parameter.grad is not None and parameter.grad.isfinite().all(), name
             assert parameter.grad.abs().sum() > 0, name
+
+
+def mixed_batch(pairs):
+    """Networks of the tiny preset with a perceptual one, and a batch with pseudo and other exemplars."""
+    config = load_config("tiny-cpu", ["train.batch=4", "train.real_exemplars=0.5", "loss.perceptual=vgg16-caffe"])
+    networks = build_networks(tiny(), CPU, torch.float32)
+    networks.perceptual = small_vgg()
+    batch = next(b for b in map(StepBatches(pairs, config).__getitem__, range(9)) if 0 < b.pseudo.sum() < 4)
+    return networks, batch.to(CPU), config
+
+
+def apart_by(a, b):
+    """|a - b|_1 as a mean, in float64: a number a sample."""
+    return (a.double() - b.double()).abs().mean((1, 2, 3))
+
+
+@torch.no_grad()
+def test_each_loss_compares_what_its_equation_names(pairs):
+    """Eq. 11 to 18 written out from the paper: x_A condition, x_B its picture, y_B exemplar, x its translation."""
+    networks, batch, config = mixed_batch(pairs)
+    model, phi, r, d = networks.model, networks.perceptual, networks.mapping, networks.discriminator
+    parts, out = generator_losses(networks, batch, config.loss, adversarial_on=True)
+    x_a, x_b, y_b, x, pseudo = batch.condition, batch.image, batch.exemplar, out.image, batch.pseudo.double()
+    ours, truth, theirs = (phi(picture, FEATURE_WEIGHTS) for picture in (x, x_b, y_b))
+    of_x_a, of_x_b, of_y_b = model.encode_condition(x_a), model.encode_image(x_b), model.encode_image(y_b)
+    weighted = [(0.8 * apart_by(a, small) + apart_by(b, small)) / 1.8 for a, b, small in warps_and_targets(out, x_b)]
+    first = [apart_by(out.warps[0], F.avg_pool2d(x_b, 4))]
+    matched = sum(weight * apart_by(ours[name], truth[name]) for name, weight in FEATURE_WEIGHTS.items())
+    expected = {
+        "align": sum(apart_by(a, b).mean() for a, b in zip(of_x_a, of_x_b, strict=True)),  # Eq. 11
+        "corr": (pseudo * sum(first + weighted)).sum() / pseudo.sum(),  # Eq. 12
+        "map": (apart_by(r(of_x_a), x_b) + apart_by(r(of_y_b), y_b)).mean(),  # Eq. 13-14
+        "sem": apart_by(ours["relu4_2"], truth["relu4_2"]).mean(),  # Eq. 15
+        "contextual": ((1 - pseudo) * contextual_loss(ours, theirs)).mean(),  # Eq. 16, first term
+        "feature": (pseudo * matched).mean(),  # Eq. 16, second term
+        "adv": -sum(scale[-1].double().mean() for scale in d(x_a, x)) / 2,  # Eq. 18
+    }
+    assert parts.keys() == expected.keys()
+    for name, value in expected.items():
+        assert parts[name].item() == pytest.approx(value.item(), rel=1e-4), name
+
+
+def warps_and_targets(out, picture):
+    """Of each finer level: the warps of both iterations, and the picture at that size."""
+    finer = out.iteration_warps[1:]
+    return [(*warps, F.avg_pool2d(picture, 2 ** (len(finer) - 1 - i))) for i, warps in enumerate(finer)]
+
+
+def test_the_discriminator_tells_a_condition_with_its_picture_from_one_with_a_translation(pairs):
+    """Eq. 17: -E[h(D(x_A, x_B))] - E[h(-D(x_A, x))], h(t) = min(0, -1 + t)."""
+    networks, batch, _ = mixed_batch(pairs)
+    d, fake = networks.discriminator, 0.5 * batch.exemplar
+    still = torch.optim.SGD(d.parameters(), lr=0.0)
+    value = discriminator_step(networks, still, batch, fake).parts["disc"].item()
+    real, made = (d(batch.condition, picture) for picture in (batch.image, fake))
+    hinges = [(1 - a[-1]).clamp(min=0).mean() + (1 + b[-1]).clamp(min=0).mean() for a, b in zip(real, made)]
+    assert value == pytest.approx(sum(h.item() for h in hinges) / len(hinges), rel=1e-5)
 
 
 @pytest.fixture(scope="module")
