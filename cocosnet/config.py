@@ -103,7 +103,7 @@ class MatchingConfig:
     """Hierarchical GRU-assisted PatchMatch, N_1..N_L (Section 3.2)."""
 
     channels: int = 32  # channels of the unit vectors that are compared (release)
-    candidates: int = 16  # K of Eq. 8
+    candidates: int = 16  # K of Eq. 8 (release)
     iterations: int = 5  # T, iterations a level (release)
     temperature: float = 0.01  # tau of the softmax over matching scores (release)
     propagation: bool = True  # Eq. 5; off for the second row of Table 5
@@ -171,10 +171,10 @@ class LossConfig:
     # likelihood of the known match of a pseudo exemplar (ours, docs/training.md); 0 leaves it out, as the paper does
     match: float = 0.0
     map: float = 1.0  # lambda_3, Eq. 13-14 (absent from the release; ours)
-    sem: float = 1.0  # lambda_4 on Eq. 15
+    sem: float = 1.0  # lambda_4 on Eq. 15, the absolute difference (ours; release: 0.001 of the square)
     contextual: float = 10.0  # lambda_4 u_m on Eq. 16's first term (before the layers' own weights)
     feature: float = 10.0  # lambda_4 eta_m on Eq. 16's second term (before the layers' own weights)
-    adv: float = 10.0  # lambda_5, Eq. 17-18
+    adv: float = 10.0  # lambda_5, Eq. 18; Eq. 17 is D's own, with an optimiser of its own
     iteration_decay: float = 0.8  # weight 0.8^(T-1-t) of the warp after iteration t in Eq. 12 (ours)
     perceptual: str = "vgg19"  # network phi: vgg19 (torchvision), vgg16-caffe, or none (drops Eq. 15-16)
 
@@ -203,7 +203,7 @@ class TrainConfig:
     beta1: float = 0.0  # paper
     beta2: float = 0.999  # paper (release: 0.9)
     ema_images: int = 10_000  # half-life of the averaged weights, in images (ours)
-    real_exemplars: float = 0.3  # probability of another picture as exemplar instead of a pseudo exemplar
+    real_exemplars: float = 0.3  # probability of another picture as exemplar instead of a pseudo exemplar (ours)
     draw_exemplars: bool = True  # that picture is any of the set, drawn anew; off: the one that the manifest names
     adv_start: int = 0  # images before the adversarial loss sets in
     level_warmup: int = (
