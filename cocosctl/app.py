@@ -12,7 +12,7 @@ import typer
 from cocosctl.exits import ExitCode, exit_code_of
 from cocosctl.output import abandon, flush_or_abandon, prepare_streams, say, speaks, writing_stdout
 from cocosctl.registry import LazyGroup
-from cocosnet.errors import CocosError, Stopped
+from cocosnet.errors import CocosError, DataError, Stopped
 
 EPILOG = (
     "Data goes to stdout, everything else to stderr. Exit codes: "
@@ -44,6 +44,7 @@ def run(arguments: list[str]) -> int:
     system refuses (a name too long, a full disk). Any other exception is a defect and is raised.
     """
     try:
+        _check_folder()
         code = _invoke(arguments)
         with writing_stdout():
             sys.stdout.flush()
@@ -63,6 +64,14 @@ def run(arguments: list[str]) -> int:
         say(f"error: {_told_by_the_system(error)}")
         flush_or_abandon(sys.stdout)
         return ExitCode.BAD_INPUT
+
+
+def _check_folder() -> None:
+    """Raises DataError where the working folder was deleted: a library of PyTorch's would end this process, with 2."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise DataError(f"the working folder: {error.strerror}; it may have been deleted, so cd to another") from error
 
 
 def _told_by_the_system(error: OSError) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from cocosnet.errors import CocosError, ConfigError, MissingDependency
-from cocosnet.launcher import place
+from cocosnet.launcher import number, place
 
 GRACE = 0.05  # s; the worker threads need microseconds
 
@@ -29,23 +28,27 @@ def join_group(backend: str = "gloo", timeout: datetime.timedelta | None = None)
         timeout: how long a process waits for another in an exchange; by default PyTorch's own.
 
     Raises:
-        ConfigError: the environment names other processes, but not where they meet.
+        ConfigError: the environment names other processes, but not where they meet, or they do not meet there.
     """
     rank, size = place()
     if size > 1 and not dist.is_initialized():
         try:
             dist.init_process_group(backend, timeout=timeout)
-        except ValueError as error:
+        except (ValueError, dist.DistError) as error:
+            reason = str(error).partition("\n")[0].rstrip(". ")  # below it PyTorch lists addresses of its own code
             raise ConfigError(
-                f"WORLD_SIZE={size}, but {error}; start the processes by torchrun, or unset it"
+                f"WORLD_SIZE={size}, but {reason}; start the processes by torchrun, or unset it"
             ) from error
     return rank, size
 
 
 def own_device(device: torch.device) -> torch.device:
-    """`cuda` without a number becomes the GPU that LOCAL_RANK names; anything else stays what it is."""
+    """`cuda` without a number becomes the GPU that LOCAL_RANK names; anything else stays what it is.
+
+    Raises ConfigError where LOCAL_RANK names none.
+    """
     if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda", number("LOCAL_RANK", 0))
     return device
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
-from cli_tools import run
+import pytest
+from cli_tools import clean_environment, run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +16,7 @@ from cocosctl.jobs import name_outputs, run_many, safe_name
 from cocosctl.output import Output
 from cocosnet.data.records import Record
 from cocosnet.errors import DataError
+from cocosnet.launcher import place
 
 ANY_TEXT = st.text(min_size=1, max_size=300) | st.text(alphabet="./\\~ab\0\n", min_size=1)
 
@@ -81,3 +86,31 @@ def test_processes_that_cannot_meet_are_told_how_to_start():
     done = run("translate", "-m", "demo", "-w", "demo", "-o", "out", "--dry-run", WORLD_SIZE="2", RANK="0")
     assert done.returncode == 3 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and "MASTER_ADDR" in done.stderr and "torchrun" in done.stderr
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "RANK"])
+def test_a_launchers_number_that_is_none_is_one_line(variable):
+    environment = {"WORLD_SIZE": "2"} | {variable: "two"}
+    done = run("translate", "-m", "demo", "-w", "demo", "-o", "out", "--dry-run", **environment)
+    assert done.returncode == 3 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and f"{variable}=two" in done.stderr
+
+
+def test_a_launchers_variable_that_is_empty_counts_as_absent(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert place() == (0, 1)
+
+
+def test_a_meeting_place_that_another_program_holds_is_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        done = run("translate", "-m", "demo", "-w", "demo", "-o", "out", WORLD_SIZE="2", RANK="0", **meeting)
+    said = [line for line in done.stderr.splitlines() if line.startswith("cocosctl:")]  # PyTorch tells of it, too
+    assert done.returncode == 3 and len(said) == 1 and "torchrun" in said[0]
+
+
+def test_a_working_folder_that_was_deleted_is_one_line():
+    command = f"cd $(mktemp -d) && rmdir $PWD && exec {sys.executable} -m cocosctl doctor"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=clean_environment())
+    assert done.returncode == 3 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "working folder" in done.stderr
