@@ -252,6 +252,22 @@ def test_the_compiled_engine_leaves_the_number_of_threads_alone():
         compiled.propagate(field, x, x)
         compiled.evaluate(field, x, x).scores[:, :1].sum().backward()
         print(torch.get_num_threads())"""
+    assert_one_thread(program)
+
+
+def test_the_releases_compiled_scores_leave_the_number_of_threads_alone():
+    pytest.importorskip("numba")
+    program = """if True:
+        import torch
+        from cocosnet.model import release_compiled
+        torch.set_num_threads(1)
+        x = torch.randn(1, 16, 8, 8)
+        release_compiled.score(torch.zeros(1, 4, 8, 8), -1, x, x)
+        print(torch.get_num_threads())"""
+    assert_one_thread(program)
+
+
+def assert_one_thread(program: str):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "1\n"
 
@@ -266,6 +282,33 @@ def test_without_numba_the_reference_runs_and_says_so_once():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "['reference', 'reference']\n"
     assert len(done.stderr.splitlines()) == 1 and "reference engine" in done.stderr
+
+
+@pytest.mark.parametrize("setting", ["NUMBA_DISABLE_JIT=1", "NUMBA_THREADING_LAYER=none"])
+def test_where_numba_is_set_not_to_work_the_reference_runs_and_says_so_once(setting):
+    pytest.importorskip("numba")
+    program = """if True:
+        import torch
+        from cocosnet.model.patchmatch import select_engine
+        print([select_engine("auto", torch.zeros(1)).name for _ in range(2)])"""
+    environment = os.environ | dict([setting.split("=")])
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.stdout == "['reference', 'reference']\n", done.stderr
+    assert len(done.stderr.splitlines()) == 1 and "reference engine" in done.stderr
+
+
+def test_where_nothing_compiled_can_be_kept_the_remedy_is_named(tmp_path):
+    """An installed package is often read-only, and so is the home folder of a container's user."""
+    pytest.importorskip("numba")
+    program = """if True:
+        import sys
+        import numba.core.caching as caching
+        caching.CacheImpl._locator_classes = []  # what is left where no folder can be written
+        import torch
+        from cocosnet.model.patchmatch import select_engine
+        print(select_engine("auto", torch.zeros(1)).name)"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "reference\n" and "NUMBA_CACHE_DIR" in done.stderr, done.stderr
 
 
 def test_without_triton_the_engine_is_refused_by_name():

@@ -11,10 +11,6 @@ slot holds -inf.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
-import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -23,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cocosnet.model import lanes, patchmatch, warp
+from cocosnet.model.jit import torch_threads
 from cocosnet.model.lanes import LANES
 from cocosnet.model.matches import Matches
 from cocosnet.model.warp import clamp_positions
@@ -37,24 +34,8 @@ R2, SPAN = tuple(map(np.uint64, warp.R2_STEPS)), np.uint64(2**32)
 ROUND = np.float32(1.5 * 2**23)  # added and taken off again, it rounds half to even
 
 
-@contextlib.contextmanager
-def _torch_threads() -> Iterator[None]:
-    """Run numba on as many threads as PyTorch uses, and leave PyTorch's number alone.
-
-    The two share one OpenMP, whose number numba sets; left changed, PyTorch would sum in another order from then on,
-    and a resumed run would differ from an undisturbed one in its last bits.
-    """
-    count = torch.get_num_threads()
-    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
-    try:
-        yield
-    finally:
-        if torch.get_num_threads() != count:
-            torch.set_num_threads(count)
-
-
 @torch.no_grad()
-@_torch_threads()
+@torch_threads()
 def propagate(
     positions: Tensor,
     features_x: Tensor,
@@ -83,7 +64,7 @@ def propagate(
 
 
 @torch.no_grad()
-@_torch_threads()
+@torch_threads()
 def descend(coarse_positions: Tensor, features_x: Tensor, features_y: Tensor) -> Matches:
     """`patchmatch.descend`: the same arguments and result, up to ties and rounding of sums."""
     fx, fy, blocks = _features(features_x, features_y)
@@ -96,7 +77,7 @@ def descend(coarse_positions: Tensor, features_x: Tensor, features_y: Tensor) ->
     return Matches(_outer(torch.from_numpy(found)), torch.from_numpy(strengths).permute(0, 3, 1, 2))
 
 
-@_torch_threads()
+@torch_threads()
 def evaluate(positions: Tensor, features_x: Tensor, features_y: Tensor) -> Matches:
     """`patchmatch.evaluate`: the same arguments, result and gradients."""
     if torch.is_grad_enabled():
@@ -123,14 +104,14 @@ def best_first(matches: Matches) -> Matches:
     return _sorted(field, scores)
 
 
-@_torch_threads()
+@torch_threads()
 def _sorted(field: np.ndarray, scores: np.ndarray) -> Matches:
     positions, strengths = np.empty_like(field), np.empty_like(scores)
     _sort(field, scores, field.shape, _desks(field.shape), positions, strengths)
     return Matches(_outer(torch.from_numpy(positions)), torch.from_numpy(strengths).permute(0, 3, 1, 2))
 
 
-@_torch_threads()
+@torch_threads()
 def soft_warp(exemplar: Tensor, positions: Tensor, scores: Tensor, temperature: float) -> Tensor:
     """`warp.soft_warp` for positions inside the exemplar: the same result, up to rounding, and the same gradients."""
     if torch.is_grad_enabled():
@@ -154,7 +135,7 @@ class _Cosine(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_torch_threads()
+    @torch_threads()
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         positions, features_x, features_y, scores = ctx.saved_tensors
         (*features, blocks), field = _features(features_x, features_y), _inner(positions)

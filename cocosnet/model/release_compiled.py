@@ -7,11 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cocosnet.model.jit import torch_threads
 from cocosnet.model.lanes import advanced, pointer
 
 BLOCK = 16  # numbers that PyTorch adds one after the other before it joins partial sums, when it sums over channels
 
 
+@torch_threads()
 def score(offsets: Tensor, axis: int | None, x: Tensor, y: Tensor, rounded: bool = False) -> tuple[Tensor, Tensor]:
     """`release_matching.score`, float32 on the CPU: the same arguments, and the same numbers to the last bit."""
     batch, both, height, width = offsets.shape
@@ -25,6 +27,7 @@ def score(offsets: Tensor, axis: int | None, x: Tensor, y: Tensor, rounded: bool
     return indices, scores
 
 
+@torch_threads()
 def to_offsets(indices: Tensor, order: Tensor, size: torch.Size, columns: int) -> Tensor:
     """`release_matching.to_offsets` on the CPU: the same arguments and numbers."""
     offsets = torch.empty(indices.shape[0], 2 * order.shape[-1], *size)
