@@ -21,6 +21,8 @@ EPILOG = (
 )
 
 LONG = 100  # characters of a file's name that a message shows where the system refuses it
+SHARED = "starting processes needs shared memory (/dev/shm) and open files (ulimit -n); --workers 0 starts none"
+OURS = ("cocosctl", "cocosnet")
 
 app = typer.Typer(
     cls=LazyGroup,
@@ -41,7 +43,8 @@ def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code.
 
     A user's mistake is one line on stderr, with the traceback before it where COCOSCTL_DEBUG=1, and so is what the
-    system refuses (a name too long, a full disk). Any other exception is a defect and is raised.
+    system refuses (a name too long, a full disk) and a package of others' that does not load. Any other exception is a
+    defect and is raised.
     """
     try:
         _check_folder()
@@ -62,8 +65,36 @@ def run(arguments: list[str]) -> int:
     except OSError as error:
         _debug()
         say(f"error: {_told_by_the_system(error)}")
+        _hush_destructors()
         flush_or_abandon(sys.stdout)
         return ExitCode.BAD_INPUT
+    except ImportError as error:
+        package = _package_at_fault(error)
+        if package in OURS:
+            raise
+        _debug()
+        reason = " ".join(str(error).split())
+        say(f"error: the package {package} does not load ({reason}); install it again, and see `cocosctl doctor`")
+        return ExitCode.MISSING
+
+
+def _package_at_fault(error: ImportError) -> str:
+    """The package that could not be imported: the one that the error names, else the one that raised it."""
+    return (error.name or _raised_by(error)).partition(".")[0]
+
+
+def _raised_by(error: Exception) -> str:
+    """The name of the module that raised an error."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return str(frames[-1].f_globals.get("__name__", ""))
+
+
+def _hush_destructors() -> None:
+    """Where an error was told: what a library's half-made objects raise while they are taken down is no news.
+
+    Such are the loaders of PyTorch whose processes could not be started; Python would print a traceback for each.
+    """
+    sys.unraisablehook = lambda unraisable: None
 
 
 def _check_folder() -> None:
@@ -78,7 +109,7 @@ def _told_by_the_system(error: OSError) -> str:
     """The file at fault, shortened, and what the system says of it."""
     reason = error.strerror or " ".join(str(error).split())
     if error.filename is None:
-        return reason
+        return f"{reason}; {SHARED}" if _raised_by(error).startswith("multiprocessing.") else reason
     name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else str(error.filename)
     return f"{name if len(name) <= LONG else name[:LONG] + '...'}: {reason}"
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_tools import clean_environment, run
+from cli_tools import COCOSCTL, clean_environment, draw_pictures, run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -114,3 +114,17 @@ def test_a_working_folder_that_was_deleted_is_one_line():
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=clean_environment())
     assert done.returncode == 3 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and "working folder" in done.stderr
+
+
+def test_processes_that_cannot_be_started_are_one_line_that_says_what_they_need(tmp_path):
+    draw_pictures(tmp_path / "photos", 3)
+    command = f"ulimit -n 16; exec {' '.join(COCOSCTL)} prepare photos -o out --size 32 --workers 2"
+    done = subprocess.run(
+        ["sh", "-c", command],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=clean_environment(),
+    )
+    assert done.returncode == 3 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "--workers 0" in done.stderr, done.stderr

@@ -184,3 +184,13 @@ def test_doctor_finds_a_torchvision_of_another_torch(tmp_path):
     broken_torchvision(tmp_path)
     report = json.loads(run("doctor", "--json", PYTHONPATH=str(tmp_path)).stdout)
     assert "does not load (operator torchvision::nms" in report["torchvision"] and report["bf16_speedup"] > 0
+
+
+@pytest.mark.parametrize(
+    "content", ["raise ImportError('libtorch_cpu.so: failed to map segment')", "from torch._C import nothing_of_this"]
+)
+def test_a_pytorch_that_does_not_load_is_one_line(tmp_path, content):
+    (tmp_path / "torch.py").write_text(content)
+    done = run("translate", "-m", "demo", "-w", "demo", "-o", tmp_path / "out", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 5 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "the package torch does not load" in done.stderr

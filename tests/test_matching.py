@@ -311,6 +311,25 @@ def test_where_nothing_compiled_can_be_kept_the_remedy_is_named(tmp_path):
     assert done.stdout == "reference\n" and "NUMBA_CACHE_DIR" in done.stderr, done.stderr
 
 
+def test_where_what_was_compiled_cannot_be_written_the_remedy_is_named(tmp_path):
+    """As where the home folder's quota is used up."""
+    pytest.importorskip("numba")
+    program = """if True:
+        import resource
+        import torch
+        from cocosnet.errors import OutputError
+        from cocosnet.model import release_compiled
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        numbers = torch.zeros(1, 4, 2, dtype=torch.int64)
+        try:
+            release_compiled.to_offsets(numbers, numbers, torch.Size([2, 2]), 2)
+        except OutputError as error:
+            print(error)"""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert "NUMBA_CACHE_DIR" in done.stdout and len(done.stdout.splitlines()) == 1, done.stderr
+
+
 def test_without_triton_the_engine_is_refused_by_name():
     program = """if True:
         import sys

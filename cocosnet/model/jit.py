@@ -12,6 +12,10 @@ from collections.abc import Iterator
 import numba
 import torch
 
+from cocosnet.errors import OutputError
+
+REMEDY = "name another folder for it by the environment's NUMBA_CACHE_DIR"
+
 
 @contextlib.contextmanager
 def torch_threads() -> Iterator[None]:
@@ -19,11 +23,16 @@ def torch_threads() -> Iterator[None]:
 
     The two share one OpenMP, whose number numba sets; left changed, PyTorch would sum in another order from then on,
     and a resumed run would differ from an undisturbed one in its last bits.
+
+    Raises:
+        OutputError: what numba has compiled cannot be kept, as where the home folder's quota is used up.
     """
     count = torch.get_num_threads()
     numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
     try:
         yield
+    except OSError as error:
+        raise OutputError(f"what numba compiled cannot be written: {error.strerror}; {REMEDY}") from error
     finally:
         if torch.get_num_threads() != count:
             torch.set_num_threads(count)
@@ -40,9 +49,7 @@ def _check() -> None:
     try:
         numba.njit(cache=True)(_nothing)
     except RuntimeError as error:
-        raise ImportError(
-            "no folder for what it compiles can be written; name one by the environment's NUMBA_CACHE_DIR"
-        ) from error
+        raise ImportError(f"no folder for what it compiles can be written; {REMEDY}") from error
 
 
 def _nothing() -> None:
