@@ -8,11 +8,14 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from cocosnet.data.records import Record, finite, write_record
 from cocosnet.files import cannot_write
 from cocosnet.launcher import place
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def speaks() -> bool:
@@ -30,6 +33,7 @@ class Output:
         self.mute = not speaks()
         self.as_json, self.quiet = as_json, quiet or self.mute
         self.verbose = verbose and not self.quiet
+        self._lift_bar: Callable[[], None] = lambda: None  # before data that is shown where the bar stands
         logging.getLogger("cocosnet").handlers = [_FromLibrary(self)]
         logging.getLogger("cocosnet").setLevel(logging.INFO)
 
@@ -40,26 +44,27 @@ class Output:
         if record.failed:
             self.error(f"{record.id}: {record.error}")
         if self.as_json:
+            self._lift_bar()
             with writing_stdout():
                 write_record(sys.stdout, record)
         elif not record.failed:
-            _print_flushed((getattr(record, role) or "").replace("\r", "\\r").replace("\n", "\\n"))  # one path a line
+            self._send((getattr(record, role) or "").replace("\r", "\\r").replace("\n", "\\n"))  # one path a line
 
     def result(self, values: dict[str, Any]) -> None:
         """Print one object: as JSON, or as a line `name value` for each entry."""
         if self.mute:
             return
         if self.as_json:
-            _print_flushed(_json(values))
+            self._send(_json(values))
             return
         width = max((len(name) for name in values), default=0)
         for name, value in values.items():
-            _print_flushed(f"{name:<{width}}  {_readable(value)}")
+            self._send(f"{name:<{width}}  {_readable(value)}")
 
     def row(self, values: dict[str, Any], text: str) -> None:
         """Print one row of a list: the object as JSON, or `text`."""
         if not self.mute:
-            _print_flushed(_json(values) if self.as_json else text)
+            self._send(_json(values) if self.as_json else text)
 
     def note(self, text: str) -> None:
         """Say something of interest, unless quiet."""
@@ -95,7 +100,30 @@ class Output:
                 bar.advance(item)
                 bar.update(item, rate=f"{bar.tasks[item].speed or 0:.1f}/s")
 
-            yield advance
+            with self._bar_on(console):
+                yield advance
+
+    @contextlib.contextmanager
+    def _bar_on(self, console: Console) -> Iterator[None]:
+        """While a bar stands: data that goes to a terminal, too, takes the bar's line, and the bar is drawn below."""
+        from rich.control import Control
+        from rich.segment import ControlType
+
+        before = self._lift_bar
+        if sys.stdout.isatty():
+            erase = Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2))
+            self._lift_bar = lambda: console.control(erase)
+        try:
+            yield
+        finally:
+            self._lift_bar = before
+
+    def _send(self, text: str) -> None:
+        """Write a line of data to stdout at once."""
+        self._lift_bar()
+        with writing_stdout():
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
 
 
 class _FromLibrary(logging.Handler):
@@ -145,12 +173,6 @@ def flush_or_abandon(stream: TextIO) -> None:
         stream.flush()
     except OSError:
         abandon(stream)
-
-
-def _print_flushed(text: str) -> None:
-    with writing_stdout():
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pty
+import re
 import socket
 import subprocess
 import sys
@@ -128,3 +132,20 @@ def test_processes_that_cannot_be_started_are_one_line_that_says_what_they_need(
     )
     assert done.returncode == 3 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and "--workers 0" in done.stderr, done.stderr
+
+
+def test_on_a_terminal_a_path_does_not_end_the_line_of_the_bar(tmp_path):
+    draw_pictures(tmp_path / "photos", 4)
+    ours, theirs = pty.openpty()
+    command = [*COCOSCTL, "prepare", "photos", "-o", "out", "--size", "32"]
+    environment = clean_environment(TERM="xterm", COLUMNS="120")
+    process = subprocess.Popen(command, stdout=theirs, stderr=theirs, cwd=tmp_path, env=environment)
+    os.close(theirs)
+    seen = b""
+    with contextlib.suppress(OSError):  # where the other side is closed
+        while piece := os.read(ours, 65536):
+            seen += piece
+    os.close(ours)
+    rows = re.findall(rb"[^\r\n]*out/conditions/p\d\.png\r\n", seen)
+    assert process.wait() == 0 and b"pictures" in seen
+    assert rows == [b"\x1b[2K" + bytes(tmp_path / f"out/conditions/p{number}.png") + b"\r\n" for number in range(4)]
