@@ -114,7 +114,9 @@ def test_listed_exemplars_are_not_held_out_from_training(tmp_path: Path) -> None
         ({"val_lists": ("absent.txt",)}, "val_lists: there is no absent.txt"),
         ({"train_lists": ("here.txt",)}, "counts only beside"),
         ({"only": ("absent.txt",)}, "only: there is no absent.txt"),
+        ({"val_lists": ("other.txt",)}, "val_lists: names none"),
         ({"pairs": "here.txt"}, "1 of 3 pictures"),
+        ({"pairs": "same-item"}, "0 of 3 pictures"),
     ],
 )
 def test_lists_that_change_nothing_are_told_of(
@@ -122,6 +124,7 @@ def test_lists_that_change_nothing_are_told_of(
 ) -> None:
     draw_pictures(tmp_path, 3)
     (tmp_path / "here.txt").write_text("p0.png,p1.png\n")
+    (tmp_path / "other.txt").write_text("elsewhere.png\n")
     monkeypatch.chdir(tmp_path)
     config = Config(DataConfig(size=32, val_fraction=0), prepare=PrepareConfig(**settings))
     list(prepare(tmp_path, tmp_path / "out", config, extractor="hed-small"))

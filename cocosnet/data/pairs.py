@@ -168,21 +168,21 @@ def choose(
     lists = [source / name for name in settings.pair_lists if (source / name).is_file()]
     found = listed(items, lists)
     if settings.pairs == "same-item":
-        return merged(found, same_item(items, settings.item))
+        return _told_of(merged(found, same_item(items, settings.item)), "prepare.pairs=same-item")
     if settings.pairs == "retrieval":
         return merged(found, nearest(features(), [item.split for item in items], settings.exemplars))
     if settings.pairs != "random":
-        return merged(_asked_for(items, check_pairs(settings)), found)
+        path = check_pairs(settings)
+        return merged(_told_of(listed(items, [path]), str(path)), found)
     return found
 
 
-def _asked_for(items: Sequence[Item], path: Path) -> list[Sequence[Choice]]:
-    """The choices of the list that was asked for by name: it is told for how many pictures it has none."""
-    choices = listed(items, [path])
+def _told_of(choices: list[Sequence[Choice]], way: str) -> list[Sequence[Choice]]:
+    """The choices of a way that was asked for by name: it is told for how many pictures it has none."""
     known = sum(map(bool, choices))
-    if known < len(items):
+    if known < len(choices):
         logger.warning(
-            "%s: has exemplars for %d of %d pictures; the others are paired without it", path, known, len(items)
+            "%s: has exemplars for %d of %d pictures; the others are paired without it", way, known, len(choices)
         )
     return choices
 

@@ -249,6 +249,8 @@ def _split(items: list[Item], source: Path, config: Config) -> list[Item]:
     by_folder = any(set(folders).intersection(PurePosixPath(item.relative).parts) for item in items)
     if val is None:
         _warn_of_no_split(source, settings, train is not None, "val_folders" if by_folder else "val_fraction")
+    elif not any(val.intersection(item.keys) for item in items):
+        logger.warning("prepare.val_lists: names none of the pictures in %s; none is held out", shown(source))
 
     def place(item: Item) -> str | None:
         if val is not None:
