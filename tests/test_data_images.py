@@ -64,7 +64,7 @@ def test_truncated_png(tmp_path: Path, photo: Path) -> None:
 
 
 def test_missing_and_folder(tmp_path: Path) -> None:
-    for path, said in ((tmp_path / "absent.png", "no such file"), (tmp_path, "a folder, no file")):
+    for path, said in ((tmp_path / "absent.png", "no such file"), (tmp_path, "a folder, no file; give one file")):
         with pytest.raises(DataError, match=said):
             load_rgb(path)
 

@@ -248,7 +248,10 @@ def test_labels_that_do_not_fit_are_error_records(photos: Path, tmp_path: Path) 
     assert "proportions" in records[second.stem].error
     assert "class index" in records[third.stem].error
     assert "40x60" in records[fourth.stem].error and "EXIF" in records[fourth.stem].error
-    assert sum("no condition file" in (record.error or "") for record in records.values()) == 2
+    sought = [record.error for record in records.values() if "no condition file" in (record.error or "")]
+    assert len(sought) == 2 and all("sought as labels/{parent}/{stem}.*" in error for error in sought)
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    assert f"sought in {elsewhere}" in run(photos, tmp_path / "out", config(task="mask"), labels=elsewhere)[0].error
     with pytest.raises(DataError, match="no such folder"):
         run(photos, tmp_path / "out", config(task="mask", classes=3), labels=tmp_path / "absent")
 
@@ -287,6 +290,8 @@ def test_what_cannot_work_is_refused_at_once(photos: Path, tmp_path: Path) -> No
         run(tmp_path / "empty", tmp_path / "out")
     with pytest.raises(DataError, match="no such folder"):
         run(tmp_path / "absent", tmp_path / "out")
+    with pytest.raises(DataError, match="a file, no folder"):
+        run(sorted(photos.iterdir())[0], tmp_path / "out")
     with pytest.raises(DataError, match="labels: no such folder"):
         run(photos, tmp_path / "out", config(task="pose"), extractor="openpose")
     with pytest.raises(ConfigError, match="no edge extractor"):

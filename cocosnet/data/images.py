@@ -170,7 +170,8 @@ def check_file(path: str | Path) -> None:
         reason = "no such file; check the path" if isinstance(error, FileNotFoundError) else f"{error.strerror}"
         raise DataError(f"{shown(path)}: {reason}") from error
     if stat.S_ISDIR(state.st_mode):
-        raise DataError(f"{shown(path)}: a folder, no file; {UNLISTED}")
+        readable = os.access(path, os.R_OK)  # else it stands for the pictures in it, in a list of pictures
+        raise DataError(f"{shown(path)}: a folder, no file; {'give one file' if readable else UNLISTED}")
     if not stat.S_ISREG(state.st_mode):
         raise DataError(f"{shown(path)}: a pipe, socket or device, no file; remove it")
     if state.st_size == 0:

@@ -120,6 +120,7 @@ class Maker:
     device: str = "cpu"
     overwrite: bool = False
     palette: np.ndarray | None = None
+    sought: str = ""  # where ready-made conditions were looked for, in words
     _networks: dict[str, Extractor] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -218,7 +219,7 @@ class Maker:
     def stale(self, item: Item) -> tuple[dict[str, str], dict[str, Any], list[str]]:
         """What the parts would be made of, the stamp that is there, and the parts to make. Raises DataError."""
         if self.ready_made and not item.labels:
-            raise DataError("no condition file has this name in the labels folder; add it or remove the photograph")
+            raise DataError(f"no condition file has its name, sought {self.sought}; add it or remove the photograph")
         paths, old = self.paths(item), self._old_stamp(item)
         points = None if item.points is None else item.points.tolist()
         made_of = [self._common["image"], item.relative, _file_state(item.photo), points if self.crops_faces else None]

@@ -114,6 +114,7 @@ def _maker(
     root = photo_root(source, config.prepare)
     if is_prepared(root):
         raise ConfigError(f"{shown(root)}: a prepared folder; give the photographs, or look at it with --check")
+    maker.sought = f"as {' or '.join(config.prepare.labels)}" if labels is None else f"in {shown(labels)}"
     items = find_items(source, output, config, labels, maker.ready_made)
     _check_output(root, output, items)
     maker.items = items[:limit]

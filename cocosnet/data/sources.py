@@ -139,7 +139,8 @@ def _without_made(pictures: list[Path], root: Path) -> list[Path]:
 def photo_root(source: Path, settings: PrepareConfig) -> Path:
     """The folder that holds the photographs. Raises DataError."""
     if not source.is_dir():
-        raise DataError(f"{shown(source)}: no such folder; give the folder that holds the photographs")
+        found = "a file, no folder" if source.exists() else "no such folder"
+        raise DataError(f"{shown(source)}: {found}; give the folder that holds the photographs")
     for name in settings.photos:
         if (source / name).is_dir():
             return source if name == "." else source / name
@@ -167,7 +168,9 @@ def _finder(source: Path, root: Path, labels: Path | None, config: Config) -> An
     """A function from a photograph to the files of its condition."""
     if labels is not None:
         if not labels.is_dir():
-            raise DataError(f"{shown(labels)}: no such folder; give the one with a condition for each photograph")
+            raise DataError(
+                f"{shown(labels)}: no such folder; give the one with a condition for each photograph (--labels)"
+            )
         return functools.partial(_by_stem, root, _stems(labels, config.data.task))
     for pattern in config.prepare.labels:
         try:

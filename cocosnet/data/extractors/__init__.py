@@ -224,6 +224,6 @@ def _first_installed(task: str) -> str:
         if find_spec(module):
             return name
     raise MissingDependency(
-        "poses need a detector: pip install 'cocosctl[pose]' (mediapipe), or rtmlib, or controlnet_aux; ready-made "
-        "`prepare` reads OpenPose files with --labels DIR"
+        "poses need a detector: pip install 'cocosctl[pose]' (mediapipe), or rtmlib, or controlnet_aux; `prepare` "
+        "reads ready-made OpenPose files with --labels DIR"
     )
