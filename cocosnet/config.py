@@ -363,7 +363,7 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
         return _build(kind, {} if value is None else value, where + ".")
     if isinstance(kind, types.GenericAlias):
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{where}: expected a list, found {value!r}")
+            raise ConfigError(f"{where}: expected a list, such as [{value}], found {value!r}")
         return tuple(_coerce(typing.get_args(kind)[0], item, where) for item in value)
     try:
         return _SCALARS[kind](value)
@@ -435,7 +435,10 @@ def _check(config: Config) -> None:
     )
     _require(not ours or matching.channels > 1, "model.matching.channels must be above 1: their mean is taken off")
     _require(not ours or config.model.discriminator.scales > 0, "model.discriminator.scales must be positive")
-    _require(config.data.task != "mask" or config.data.classes > 0, "data.classes must be set for task mask")
+    _require(
+        config.data.task != "mask" or config.data.classes > 0,
+        "data.classes must be set for task mask; dataset.json of a prepared folder says how many",
+    )
     _require(config.distortion.tps_grid >= 2, "distortion.tps_grid must be at least 2")
     _require(config.distortion.scale < 1, f"distortion.scale must be below 1, is {config.distortion.scale}")
     _require(config.train.seed < 2**63, f"train.seed must be below 2^63, is {config.train.seed}")

@@ -525,6 +525,13 @@ def test_what_all_records_share_is_said_once_and_ends_the_batch(
     "arguments, code, said",
     [
         (["translate", "-m", "absent.jsonl", "-o", "x", "-w", "tiny.safetensors"], 3, "absent.jsonl"),
+        (["prepare", "--check", "absent"], 3, "absent: cannot read this manifest (No such file or directory); make"),
+        (["prepare", "photos", "-o", "x", "--set", "prepare.only=a.txt"], 3, "a list, such as [a.txt], found 'a.txt'"),
+        (
+            ["train", "tiny-cpu", "--data", "prep", "-o", "x", "--set", "data.task=mask"],
+            3,
+            "dataset.json of a prepared",
+        ),
         (["translate", "edges/p0.png", "photos/p1.png", "-o", "x.txt", "-w", "tiny.safetensors"], 3, ".png"),
         (
             ["translate", "edges/p0.png", "photos/p1.png", "-o", "x.png", "-w", "tiny.safetensors", "--device", "gpu9"],

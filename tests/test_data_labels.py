@@ -21,10 +21,13 @@ def indices() -> np.ndarray:
 
 
 @pytest.mark.parametrize(("suffix", "share"), [(".png", 1.0), (".jpg", 0.9)])
-def test_colours_are_found_and_read(indices: np.ndarray, suffix: str, share: float, tmp_path: Path) -> None:
+def test_colours_are_found_and_read(
+    indices: np.ndarray, suffix: str, share: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / f"map{suffix}"
     Image.fromarray(COLOURS[indices]).save(path, quality=85)
     palette = find_palette([path])
+    assert bool(caplog.messages) == (suffix == ".jpg") and all("give prepare.palette" in m for m in caplog.messages)
     assert len(palette) == 5 and palette.tolist() == sorted(palette.tolist())
     found = palette[read_labels([path], "colours", palette)].astype(int)
     assert (np.abs(found - COLOURS[indices]).max(axis=2) <= 12).mean() >= share

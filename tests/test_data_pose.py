@@ -126,7 +126,7 @@ def test_written_poses_are_read_back_without_their_picture(tmp_path: Path) -> No
         ('{"people": [{"pose_keypoints_2d": [1, 2, 3]}]}', "1 joints"),
         ('{"people": 3}', "cannot read"),
         ("[" * 100_000, "cannot read"),
-        ('{"people": []}', "canvas_width"),
+        ('{"people": []}', "does not say the size of its picture; give it as JSON with canvas_width"),
         ('{"people": [], "canvas_width": 1000000000, "canvas_height": 1000000000}', "at most"),
     ],
 )

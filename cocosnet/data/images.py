@@ -120,7 +120,7 @@ def load_labels(path: str | Path) -> np.ndarray:
     if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
         raise DataError(
             f"{shown(path)}: a label map has one class index a pixel, this is a {image.mode} picture; "
-            "save it as a grey or palette PNG of indices"
+            "save it as a grey or palette PNG of indices, or prepare it with --set prepare.kind=colours"
         )
     with open(path, "rb") as stream:
         head = stream.read(HEAD_BYTES)

@@ -9,6 +9,7 @@ celeba-parts  CelebAMask-HQ's files, one a part, white where the part is; later 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from scipy.ndimage import maximum_filter, minimum_filter
 from cocosnet.data.images import load_gray, load_labels, load_rgb, shown
 from cocosnet.errors import DataError
 
+logger = logging.getLogger(__name__)
 UNKNOWN = 255  # index of pixels whose colour is in no palette, and of "no class" in most label maps
 PARTS = (  # class 1, 2, ..: the numbering of the label maps that the authors of CoCosNet gave out
     *("skin", "hair", "l_brow", "r_brow", "l_eye", "r_eye", "l_ear", "r_ear", "nose", "u_lip", "mouth", "l_lip"),
@@ -113,7 +115,8 @@ def read_palette(path: str | Path) -> np.ndarray:
 def find_palette(files: Sequence[Path]) -> np.ndarray:
     """The colours of all label files, N,3 uint8, darkest red first (sorted by r, g, b); unreadable files are left out.
 
-    In a PNG every colour counts; in a JPEG those that are common in it and not near a commoner one.
+    In a PNG every colour counts; in a JPEG those that are common in it and not near a commoner one. A warning tells of
+    the latter, since a class of thin or small areas may be missed there.
 
     Raises:
         DataError: no file can be read, or there are too many colours for label maps.
@@ -132,6 +135,12 @@ def find_palette(files: Sequence[Path]) -> np.ndarray:
             kept.append(colour)
     if not 0 < len(kept) <= FOUND_AT_MOST:
         raise DataError(f"the label maps have {len(kept)} colours, not 1 to {FOUND_AT_MOST}; give prepare.palette")
+    if smeared:
+        logger.warning(
+            "found %d colours in label maps with lossy compression, which may hide thin or rare classes; better give "
+            "prepare.palette",
+            len(kept),
+        )
     return np.array(sorted(kept), np.uint8)
 
 

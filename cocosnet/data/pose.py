@@ -115,7 +115,10 @@ def read_pose(path: str | Path, size: tuple[int, int] | None = None) -> Pose:
         ) from error
     size = own or size
     if size is None:
-        raise DataError(f"{shown(path)}: needs canvas_width and canvas_height, the size of its picture; add them")
+        raise DataError(
+            f"{shown(path)}: does not say the size of its picture; give it as JSON with canvas_width and canvas_height "
+            "in px, as `cocosctl prepare` writes it"
+        )
     return Pose(_in_pixels(people, size), size)
 
 

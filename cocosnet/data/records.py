@@ -129,7 +129,8 @@ def read_manifest(path: str | Path) -> list[Record]:
         with open(path, encoding="utf-8") as lines:
             records = [record.rebased(lambda name: str(folder / name)) for record in iter_records(lines)]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot read this manifest ({error}); make one with `cocosctl prepare`") from error
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot read this manifest ({reason}); make one with `cocosctl prepare`") from error
     if not records:
         raise DataError(f"{path}: holds no records; make one with `cocosctl prepare`")
     return records
