@@ -54,7 +54,7 @@ def train(
     with _memory_named():
         if dry_run:
             if data.exists():
-                _check_data(data, resolved)
+                _check_data(data, resolved, out)
             _describe(resolved, device, out)
         else:
             _train(resolved, data, output, device, resume, out)
@@ -83,10 +83,10 @@ def _train(config: Config, data: Path, output: Path, device: str, resume: str, o
 
 def _remark(data: Path, config: Config, held_out: int, out: Output) -> None:
     """Say what a folder of training pictures lacks, where the run goes on all the same."""
-    from cocosnet.data.dataset import crop_remark
+    from cocosnet.data.dataset import remarks
     from cocosnet.data.images import shown
 
-    if remark := crop_remark(data, config):
+    for remark in remarks(data, config):
         out.note(remark)
     if not held_out:
         out.note(
@@ -126,11 +126,13 @@ def _status(tick: dict[str, Any]) -> str:
     )
 
 
-def _check_data(data: Path, config: Config) -> None:
-    """Raises DataError where the run would end at once, since the folder does not fit the config."""
-    from cocosnet.data.dataset import check_prepared
+def _check_data(data: Path, config: Config, out: Output) -> None:
+    """Say what is amiss with the folder. Raises DataError where the run would end at once, since it does not fit."""
+    from cocosnet.data.dataset import check_prepared, remarks
 
     check_prepared(data, config)
+    for remark in remarks(data, config):
+        out.note(remark)
 
 
 def _describe(config: Config, device: str, out: Output) -> None:

@@ -14,7 +14,7 @@ from scipy.interpolate import RBFInterpolator
 from skimage.transform import warp
 
 from cocosnet.config import Config, DataConfig, DistortionConfig, load_config
-from cocosnet.data.dataset import PairDataset, as_prepared
+from cocosnet.data.dataset import PairDataset, as_prepared, remarks
 from cocosnet.data.distortion import apply_grid, distort, random_grid, spline_basis
 from cocosnet.data.images import load_rgb, to_tensor
 from cocosnet.data.prepare import prepare
@@ -169,6 +169,19 @@ def test_edges_by_another_extractor_than_the_config_says_are_refused_with_the_re
         PairDataset(folder, Config(data=DataConfig(size=32, edges="hed")))
     PairDataset(folder, Config(data=made))
     assert as_prepared(folder, Config(data=DataConfig(size=32, edges="auto"))).data == made
+
+
+def test_pictures_that_are_larger_or_cropped_otherwise_than_the_config_means_are_remarked(tmp_path: Path) -> None:
+    photos, folder = draw_pictures(tmp_path / "photos", 2), tmp_path / "prepared"
+    list(prepare(photos, folder, Config(data=DataConfig(size=64)), extractor="hed-small"))
+    assert remarks(folder, Config(data=DataConfig(size=64))) == []
+    (large,) = remarks(folder, Config(data=DataConfig(size=32)))
+    assert "prepare with --size 32" in large
+    (crop,) = remarks(folder, Config(data=DataConfig(size=64, crop="pad")))
+    assert "prepared with data.crop=none" in crop and "prepare with --set data.crop=pad" in crop
+    padded = Config(data=DataConfig(size=64, crop="pad"))
+    list(prepare(photos, folder, padded, extractor="hed-small"))
+    assert remarks(folder, padded) == remarks(folder, Config(data=DataConfig(size=64))) == []
 
 
 def test_a_lost_picture_is_named(prepared: Path, tmp_path: Path) -> None:

@@ -166,20 +166,31 @@ def as_prepared(folder: str | Path, config: Config) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, edges=made_by))
 
 
-def crop_remark(folder: str | Path, config: Config) -> str:
-    """A line on pictures so much larger than `data.size` that training would see small pieces of them; else "".
+def remarks(folder: str | Path, config: Config) -> list[str]:
+    """A line for each way in which a folder is less than the config means, where training goes on all the same.
+
+    That is: pictures so much larger than `data.size` that training would see small pieces of them, and pictures that
+    are not cropped as the config says.
 
     Raises:
         DataError: the folder's dataset.json is damaged.
     """
-    known = (Path(folder) / DATASET_NAME).exists()
-    prepared, size = read_summary(folder)["size"] if known else 0, config.data.size
-    if prepared <= WHOLE * size:
-        return ""
-    return (
-        f"{shown(folder)}: its pictures are prepared at {prepared} px, and only squares of {size} px of them are "
-        f"learned from; for whole ones prepare with --size {size}, or train with --set data.size={prepared}"
-    )
+    if not (Path(folder) / DATASET_NAME).exists():
+        return []
+    summary, data, found = read_summary(folder), config.data, []
+    if summary["size"] > WHOLE * data.size:
+        found.append(
+            f"{shown(folder)}: its pictures are prepared at {summary['size']} px, and only squares of {data.size} px "
+            f"of them are learned from; for whole ones prepare with --size {data.size}, or train with "
+            f"--set data.size={summary['size']}"
+        )
+    crop = summary.get("crop", data.crop)
+    if data.crop not in ("none", crop):
+        found.append(
+            f"{shown(folder)}: prepared with data.crop={crop}, and the config is meant for data.crop={data.crop}; if "
+            f"results are poor, prepare with --set data.crop={data.crop}"
+        )
+    return found
 
 
 def _edges(summary: dict[str, Any]) -> str | None:
