@@ -35,8 +35,10 @@ def list_weights(as_json: options.Json = False, quiet: options.Quiet = False) ->
     for weight in weights.REGISTRY.values():
         found = weights.locate_weights(weight.name)
         row = dataclasses.asdict(weight) | {"path": str(found) if found else None}
-        out.row(row, _line(weight.name, weight.size, str(found) if found else f"absent; needed by: {weight.used_by}"))
-    out.note("searched: " + ", ".join(map(str, weights.search_folders())))
+        absent = f"absent, {weight.filename}; needed by: {weight.used_by}"
+        out.row(row, _line(weight.name, weight.size, str(found) if found else absent))
+    searched = ", ".join(map(str, weights.search_folders()))
+    out.note(f"searched: {searched}; new files go to {weights.store_folder()}")
 
 
 @app.command("import")

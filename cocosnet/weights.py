@@ -1,7 +1,8 @@
 """External weights: what they are, where they lie, and that they are what they claim to be.
 
 A file is looked for in $COCOSCTL_WEIGHTS_DIR and then in $TORCH_HOME/hub/checkpoints; one that has a URL is fetched
-into the first of these that is set, unless COCOSCTL_OFFLINE=1. Nothing here imports PyTorch until a download starts.
+into the first of these that is set and can be written, unless COCOSCTL_OFFLINE=1. Nothing here imports PyTorch until a
+download starts.
 """
 
 from __future__ import annotations
@@ -117,14 +118,25 @@ def weight_file(name: str) -> WeightFile:
 
 
 def search_folders() -> list[Path]:
-    """Folders that are searched, first come first served; the first is also where downloads go."""
+    """Folders that are searched, first come first served."""
     own = os.environ.get("COCOSCTL_WEIGHTS_DIR")
     return ([Path(own).expanduser()] if own else []) + [_torch_home() / "hub" / "checkpoints"]
 
 
+def store_folder() -> Path:
+    """The search folder that files are put into: the first that can be written or made; where none can, the first."""
+    folders = search_folders()
+    return next((folder for folder in folders if _can_be_written(folder)), folders[0])
+
+
+def _can_be_written(folder: Path) -> bool:
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
+    return os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)
+
+
 def imported_folder() -> Path:
-    """Where `cocosctl weights import` puts checkpoints, which can then be called by name: below the first folder."""
-    return search_folders()[0] / "cocosctl"
+    """Where `cocosctl weights import` puts checkpoints, which can then be called by name: below `store_folder`."""
+    return store_folder() / "cocosctl"
 
 
 def imported_models() -> dict[str, Path]:
@@ -193,12 +205,12 @@ def _locate(weight: WeightFile) -> Path | None:
 
 
 def _download(weight: WeightFile) -> Path:
-    """Fetch into the first search folder; nothing is kept unless the hash is right."""
+    """Fetch into `store_folder`; nothing is kept unless the hash is right."""
     if not weight.url or os.environ.get("COCOSCTL_OFFLINE") == "1":
         raise MissingWeights(_how_to_get(weight))
     import torch
 
-    path = search_folders()[0] / weight.filename
+    path = store_folder() / weight.filename
     logger.warning("fetching %s (%.0f MB) from %s", path, weight.size / 1e6, weight.url)
     with atomic_path(path) as temporary:
         try:
@@ -213,7 +225,7 @@ def _how_to_get(weight: WeightFile) -> str:
     where = weight.url or weight.source
     return (
         f"the weights {weight.name!r} are not on this machine; get {weight.filename} from {where}, "
-        f"sha256 {weight.sha256}, and put it at {search_folders()[0] / weight.filename}"
+        f"sha256 {weight.sha256}, and put it at {store_folder() / weight.filename}"
         + (f"; or {weight.otherwise}" if weight.otherwise else "")
     )
 

@@ -172,6 +172,8 @@ def test_weights_list_says_what_is_where(tmp_path):
     by_name = {row["name"]: row for row in rows}
     assert by_name["hed"]["path"] == str(tmp_path / "network-bsds500.pytorch")
     assert {"url", "sha256", "licence", "size"} <= set(by_name["vgg19"])
+    text = run("weights", "list", COCOSCTL_WEIGHTS_DIR=str(tmp_path))
+    assert "vgg16_caffe_imagenet_fp16.safetensors; needed by" in text.stdout and f"go to {tmp_path}" in text.stderr
 
 
 def test_doctor_is_one_object():

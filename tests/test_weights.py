@@ -90,6 +90,16 @@ def test_a_download_is_told_of_and_kept_once_its_hash_is_right(entry, folders, m
     ]
 
 
+def test_where_the_own_folder_cannot_be_written_files_go_to_the_next(entry, folders, monkeypatch):
+    folders[0].write_text("a file stands for a read-only folder, which the superuser could write")
+    with pytest.raises(MissingWeights) as caught:
+        weights.find_weights("hed")
+    assert f"put it at {folders[1]}/hed" in str(caught.value)
+    assert weights.imported_folder() == folders[1] / "cocosctl"
+    monkeypatch.delenv("COCOSCTL_OFFLINE")
+    assert weights.find_weights("w") == folders[1] / "w.pth"
+
+
 def test_a_wrong_or_failed_download_leaves_nothing(entry, folders, monkeypatch):
     monkeypatch.delenv("COCOSCTL_OFFLINE")
     monkeypatch.setitem(weights.REGISTRY, "w", dataclasses.replace(entry, sha256="0" * 64))

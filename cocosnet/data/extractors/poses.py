@@ -21,7 +21,7 @@ from cocosnet.data.extractors.packages import mediapipe_process, package_version
 from cocosnet.data.images import resize_shorter
 from cocosnet.data.pose import FROM_COCO_17, FROM_MEDIAPIPE, JOINTS, reorder
 from cocosnet.errors import CheckpointError, DataError, MissingWeights
-from cocosnet.weights import search_folders, sha256_of
+from cocosnet.weights import search_folders, sha256_of, store_folder
 
 VISIBLE = 0.5  # MediaPipe's visibility below which a joint is guessed rather than seen
 SCORED = 0.3  # RTMPose's score below which its authors do not draw a joint
@@ -122,7 +122,7 @@ def controlnet(device: torch.device) -> PoseExtractor:
     if path is None:
         raise MissingWeights(
             f"controlnet needs {CONTROLNET_FILE} (huggingface.co/lllyasviel/Annotators); "
-            f"put it at {search_folders()[0] / CONTROLNET_FILE}"
+            f"put it at {store_folder() / CONTROLNET_FILE}"
         )
 
     def load() -> Callable:
