@@ -91,6 +91,11 @@ def find_checkpoint(weights: str | Path) -> Path:
         )
     if run and not here:
         raise MissingWeights(f"{path}: this run has no checkpoint yet; train.save_images says when it writes one")
+    if not (named or here) and path.suffix == ".safetensors" and os.path.isfile(path.parent / "config.yaml"):
+        raise MissingWeights(
+            f"{path}: the run has not written this file; give the folder {path.parent} for what it has, or wait for "
+            "the first validation, which needs held-out pictures"
+        )
     if not (named or here):
         raise MissingWeights(
             f"{str(weights)!r}: no such checkpoint; give a .safetensors file, a run folder of `cocosctl train`, or the "

@@ -135,6 +135,8 @@ def test_a_name_that_is_also_a_path_asks_which(named, name):
         find_checkpoint(name)
     with pytest.raises(MissingWeights, match=f"{name}: this run has no checkpoint yet"):
         find_checkpoint(f"./{name}")
+    with pytest.raises(MissingWeights, match=f"give the folder {name} for what it has, or wait for the first valid"):
+        find_checkpoint(f"{name}/best.safetensors")
     shutil.copy(named, Path(name) / "model.safetensors")
     with pytest.raises(CheckpointError, match=f"write ./{name} for"):
         find_checkpoint(name)
