@@ -361,7 +361,9 @@ def test_check_names_every_fault(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "out/contact-sheet.jpg").width > 200
     for name, word in {"p0": "label indices", "p1": "20x20", "p2": "p2.png", "p3": "own", "p4": "held-out"}.items():
         assert word in faults[name]
-    assert "p5" not in faults
+    assert "p5" not in faults and "manifest has" not in done.stderr
+    manifest.write_text("".join(manifest.read_text().splitlines(True)[:4]))
+    assert "its manifest has 4 pairs, and 6 were prepared" in run("prepare", "--check", tmp_path / "out").stderr
 
 
 def test_dry_run_says_bytes_and_writes_nothing(tmp_path: Path) -> None:

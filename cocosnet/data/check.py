@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from cocosnet.errors import DataError
 from cocosnet.viz.panels import condition_image
 from cocosnet.viz.sheet import contact_sheet
 
+logger = logging.getLogger(__name__)
 SHEET_ROW = 192  # px, height of a row of the sheet
 MOST_PAIRS = 500  # of the sheet, two a row
 
@@ -42,13 +44,16 @@ def find_faults(folder: str | Path) -> Iterator[Record]:
 
     Looked for: missing and unreadable files, a condition of another size than its picture, pictures smaller than the
     dataset says, label indices that are neither a class nor "no class", poses without anyone, ids that come twice,
-    pictures that are their own exemplar, and training pairs with a held-out exemplar.
+    pictures that are their own exemplar, and training pairs with a held-out exemplar. A warning tells of a manifest
+    with another number of pairs than `prepare` made: someone chose among them, or it was cut off.
 
     Raises:
         DataError: no manifest or no dataset.json to check against.
     """
     folder = Path(folder)
-    data, records = data_of(folder), read_manifest(folder)
+    data, records, made = data_of(folder), read_manifest(folder), read_summary(folder).get("pictures")
+    if made not in (None, len(records)):
+        logger.warning("%s: its manifest has %d pairs, and %s were prepared", shown(folder), len(records), made)
     held_out = {record.target for record in records if record.extra.get("split") == "val"}
     seen: set[str] = set()
     for record in records:
