@@ -154,7 +154,7 @@ def root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Translate a condition (edges, a label map) into a picture in the look of an exemplar, with CoCosNet v2."""
+    """Translate edges, a label map or a pose into a picture in the look of an exemplar, with CoCosNet v2."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help(), err=True)
         raise typer.Exit(ExitCode.USAGE)

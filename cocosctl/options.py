@@ -41,7 +41,9 @@ Raw = Annotated[bool, Option("--raw", help="The condition is a photo: extract th
 Size = Annotated[int | None, Option("--size", metavar="PX", min=1, help="Shorter side of the pictures.")]
 Condition = Annotated[
     Path | None,
-    Argument(metavar="CONDITION", show_default=False, help="What to render: edges, a label map; with --raw a photo."),
+    Argument(
+        metavar="CONDITION", show_default=False, help="What to render: edges, a label map, a pose; with --raw a photo."
+    ),
 ]
 Exemplar = Annotated[
     Path | None, Argument(metavar="EXEMPLAR", show_default=False, help="The picture whose look to take.")

@@ -29,9 +29,12 @@ def prepare(
         Path | None, Option("--output", "-o", metavar="DIR", show_default=False, help="The prepared dataset.")
     ] = None,
     recipe: Annotated[
-        str | None, Option("--recipe", metavar="NAME", help="A dataset's layout and options, such as ade20k.")
+        str | None,
+        Option("--recipe", metavar="NAME", help="A dataset's layout and options: ade20k, .., or a YAML file."),
     ] = None,
-    task: Annotated[Literal["edge", "mask", "pose"] | None, Option("--task", help="What a condition is.")] = None,
+    task: Annotated[
+        Literal["edge", "mask", "pose"] | None, Option("--task", help="What a condition is; else edge.")
+    ] = None,
     size: options.Size = None,
     labels: Annotated[
         Path | None, Option("--labels", metavar="DIR", help="Ready-made conditions, named as the pictures.")
@@ -72,6 +75,7 @@ def prepare(
     config = _config(recipe, task, {"size": size}, pairs, overrides or [])
     if extractor is not None and config.data.task == "mask":
         raise typer.BadParameter("label maps are files; there is nothing to extract them", param_hint="--extractor")
+    _tell_of_idle(overrides or [], out)
     out.detail(f"{config.data} {config.prepare}")
     with first_process_speaks():
         preparation = _plan(source, output, config, limit, overwrite, labels, extractor, seed, device, workers)
@@ -122,6 +126,13 @@ def _config(
     if task is not None:
         raise typer.BadParameter("a recipe says the task itself", param_hint="--task")
     return load_recipe(recipe, overrides + flags)
+
+
+def _tell_of_idle(overrides: list[str], out: Output) -> None:
+    """A folder may be prepared with a whole training config's overrides, but most of these change nothing here."""
+    idle = [text for text in overrides if not text.strip().startswith(("data.", "prepare.", "data=", "prepare="))]
+    if idle:
+        out.note(f"warning: --set {', '.join(idle)} changes nothing here; prepare looks at data.* and prepare.*")
 
 
 def _run(preparation: Preparation, out: Output) -> None:

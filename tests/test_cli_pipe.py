@@ -571,6 +571,12 @@ def test_eval_of_folders_in_both_forms(place, invoke):
     assert result["count"] == 2 and result["metrics"]["l1"]["protocol"]
 
 
+def test_prepare_says_which_settings_change_nothing(place, invoke):
+    settings = ("--set", "train.batch=3", "--set", "data.val_fraction=0", "--limit", 1, "--dry-run")
+    code, _, err = invoke("prepare", place / "photos", "-o", place / "never", *settings)
+    assert code == 0 and "warning: --set train.batch=3 changes nothing here" in err
+
+
 def test_prepare_goes_on_with_the_next_after_a_bad_picture(tmp_path):
     """Names are as odd as file systems allow; the conditions come from the shipped extractor."""
     draw_pictures(tmp_path / "set", 2)
