@@ -159,7 +159,7 @@ def _foretell(preparation: Preparation, out: Output) -> None:
         done.append(record)
         total += size
     count = sum(record.status == "ok" for record in done)
-    out.note(f"would write about {total / 1e6:.1f} MB to {preparation.output}: {count} of {len(done)} pictures")
+    out.note(f"would write about {total / 1e6:.2f} MB to {preparation.output}: {count} of {len(done)} pictures")
     if any(record.failed for record in done):
         raise typer.Exit(ExitCode.FAILED_ITEMS)
 
