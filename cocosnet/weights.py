@@ -48,7 +48,7 @@ REGISTRY = {
             sha256="dcbb9e9dad569fff7a846263a77324fc34978fea2bfb039c012d710e1776ae44",
             licence="BSD-3-Clause (torchvision)",
             size=574_673_361,
-            used_by="train with loss.perceptual: vgg19",
+            used_by="train with loss.perceptual: vgg19, prepare with pairs: retrieval",
             source="torchvision, ImageNet",
         ),
         WeightFile(
@@ -58,7 +58,7 @@ REGISTRY = {
             sha256="05e27821ad04403e9f63d21d7282a0e7767cd0b4c5b0ff3d549b2a75949364fc",
             licence="CC BY 4.0 (Oxford VGG)",
             size=29_431_664,
-            used_by="train with loss.perceptual: vgg16-caffe",
+            used_by="train with loss.perceptual: vgg16-caffe, prepare with pairs: retrieval",
             source="convolutions of Oxford's Caffe VGG-16 as fp16 safetensors (keys conv{block}_{i}.{weight,bias})",
             otherwise="train with --set loss.perceptual=vgg19, whose weights can be downloaded",
         ),
@@ -70,9 +70,10 @@ REGISTRY = {
             licence="MIT",
             size=29_435_710,
             used_by="prepare with data.edges: hed",
-            source="the PyTorch port of HED (github.com/sniklaus/pytorch-hed) as fp16 safetensors; its own "
-            "network-bsds500.pytorch does as well",
+            source="the PyTorch port of HED (github.com/sniklaus/pytorch-hed) as fp16 safetensors",
             alternatives=("network-bsds500.pytorch",),
+            otherwise="put the port's own network-bsds500.pytorch there, or take hed-small (for faces hed-small-face), "
+            "which is shipped",
         ),
         WeightFile(
             name="fid-inception",
