@@ -184,6 +184,24 @@ def test_memory_does_not_grow_with_the_pairs():
     assert float(done.stdout) < 60
 
 
+PEAK = """
+import resource, torch
+from cocosnet.metrics import get_metric, swd
+swd.REPEATS = 1
+metric, random = get_metric("swd"), torch.Generator().manual_seed(0)
+metric.update(*torch.randint(256, (2, 1000, 3, 16, 16), generator=random, dtype=torch.uint8))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+metric.compute()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before)
+"""
+
+
+def test_the_distance_needs_little_more_memory_than_the_projections_of_both_sides():
+    """128,000 patches a side: 62.5 MiB a side."""
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, timeout=200)
+    assert float(done.stdout) < 250
+
+
 FULL = """
 import resource
 import numpy as np

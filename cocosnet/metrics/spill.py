@@ -10,7 +10,7 @@ import numpy as np
 from cocosnet.errors import DataError
 
 IN_MEMORY = 8 << 20  # bytes of a spill that stay in memory; beyond that all of it lies in a temporary file
-CHUNK = 16 << 20  # bytes that `chunks` reads at once
+CHUNK = 4 << 20  # bytes that `chunks` reads at once
 
 
 class Spill:
@@ -52,7 +52,7 @@ class Spill:
         return np.frombuffer(bytearray(self._file.read(count * self._dtype.itemsize)), self._dtype).reshape(shape)
 
     def chunks(self, row: tuple[int, ...]) -> Iterator[np.ndarray]:
-        """Everything as arrays of many rows of the shape `row`, at most about 16 MB each."""
+        """Everything as arrays of many rows of the shape `row`, at most about 4 MB each."""
         size = int(np.prod(row))
         rows, step = self._size // size, max(1, CHUNK // (size * self._dtype.itemsize))
         for first in range(0, rows, step):

@@ -114,8 +114,10 @@ class Descriptors:
 
     def _average(self, change: Callable[[Tensor], Tensor]) -> Tensor:
         """Mean of the changed patches over patches and pixels, 1,3,1,1 float32; summed in float64."""
-        sums = [change(patches).sum(dim=(0, 2, 3), dtype=torch.float64) for patches in self._chunks()]
-        return (torch.stack(sums).sum(dim=0) / (self.count * PATCH**2)).float().view(1, 3, 1, 1)
+        total = torch.zeros(3, dtype=torch.float64, device=self._device)
+        for patches in self._chunks():
+            total += change(patches).sum(dim=(0, 2, 3), dtype=torch.float64)
+        return (total / (self.count * PATCH**2)).float().view(1, 3, 1, 1)
 
     def _chunks(self) -> Iterator[Tensor]:
         return (torch.from_numpy(patches).to(self._device) for patches in self._patches.chunks(ROW))
@@ -177,7 +179,10 @@ def sliced_distance(first: Iterable[Tensor], second: Iterable[Tensor], count: in
 def _gaps(first: Iterable[Tensor], second: Iterable[Tensor], count: int, directions_DR: Tensor) -> Tensor:
     """The 1-D distance for each direction, R float64."""
     gap, other = (_sorted_projections(vectors, count, directions_DR) for vectors in (first, second))
-    return gap.sub_(other).abs_().mean(dim=1, dtype=torch.float64)
+    means = gap.new_empty(len(gap), dtype=torch.float64)
+    for mean, row in zip(means, gap.sub_(other).abs_()):  # all at once would be copied as float64
+        torch.mean(row, dim=0, dtype=torch.float64, out=mean)
+    return means
 
 
 def _sorted_projections(vectors: Iterable[Tensor], count: int, directions_DR: Tensor) -> Tensor:
