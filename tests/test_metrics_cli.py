@@ -172,6 +172,15 @@ def test_scores_are_a_manifest_wherever_they_lie(folder, evaluate, monkeypatch):
     assert values(again)["l1"] == values(first)["l1"] and json.loads(again.stdout)["count"] == 7
 
 
+def test_an_error_in_the_scores_names_its_record_once(folder, evaluate):
+    """Also where the scores are measured again, and the error is that of an earlier step."""
+    gone = {"id": "gone", "output": "no.png", "target": "true/p0.png"}
+    (folder / "gone.jsonl").write_text(json.dumps(gone) + "\n")
+    options = ("--metrics", "l1", "--json", "--scores", "scores.jsonl")
+    first, again = (json.loads(evaluate("-m", f, *options).stdout)["errors"] for f in ("gone.jsonl", "scores.jsonl"))
+    assert again == first and first[0].startswith("gone: ") and first[0].count("gone: ") == 1
+
+
 def test_files_are_written_through_links_and_into_pipes(folder, evaluate, tmp_path):
     """A link and a pipe stay what they are; what reads the pipe gets the scores."""
     options = ("-m", "records.jsonl", "--metrics", "l1", "--limit", "2", "--scores")

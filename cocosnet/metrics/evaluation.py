@@ -155,17 +155,14 @@ class Evaluation:
         return BATCH_PIXELS * (8 if self._device.type == "cuda" else 1)
 
     def _read(self, index: int, record: Record) -> _Pair:
-        """One pair that all metrics can take. Raises DataError."""
+        """One pair that all metrics can take. Raises DataError, which does not name the record."""
         if record.failed:
-            raise DataError(f"{shown(record.id)}: {record.error or 'failed in an earlier step'}")
+            raise DataError(record.error or "failed in an earlier step")
         roles = dict.fromkeys(role for metric in self.metrics.values() for role in metric.needs)
         start = time.perf_counter()
-        try:
-            pictures = {role: load_role(record, role) for role in roles}
-            for metric in self.metrics.values():
-                metric.check(*(pictures[role] for role in metric.needs))
-        except DataError as error:
-            raise DataError(f"{shown(record.id)}: {error}") from error
+        pictures = {role: load_role(record, role) for role in roles}
+        for metric in self.metrics.values():
+            metric.check(*(pictures[role] for role in metric.needs))
         self._gathered.reading += time.perf_counter() - start
         return _Pair(index, record, pictures)
 
@@ -266,7 +263,7 @@ class _Gathered:
     def fail(self, index: int, record: Record, message: str) -> None:
         """Count a record that could not be measured."""
         self.failed += 1
-        self.errors = [*self.errors, (index, message)][:ERRORS_SHOWN]
+        self.errors = [*self.errors, (index, f"{shown(record.id)}: {message}")][:ERRORS_SHOWN]
         self.rows.append((index, record if record.failed else record.failure(message)))
 
     def absorb(self, other: _Gathered) -> None:
