@@ -82,7 +82,7 @@ def evaluate(
         "labels": labels, "exemplar_labels": exemplar_labels,
     }  # fmt: skip
     sources = {role: path for role, path in sources.items() if path is not None}
-    _check_form(manifest, outputs, save_stats)
+    _check_form(manifest, outputs, scores, save_stats)
     sides = _sides(sources, manifest, save_stats)
     with first_process_speaks():
         records = _records(manifest, {role: path for role, path in sources.items() if role not in sides}, limit)
@@ -108,8 +108,10 @@ def evaluate(
         raise typer.Exit(ExitCode.FAILED_ITEMS)
 
 
-def _check_form(manifest: str | None, outputs: Path | None, save_stats: Path | None) -> None:
+def _check_form(manifest: str | None, outputs: Path | None, scores: Path | None, save_stats: Path | None) -> None:
     """Raises BadParameter (usage)."""
+    if scores == Path("-"):
+        raise typer.BadParameter("stdout has the result; give the scores a file", param_hint="--scores")
     if manifest is None and outputs is None:
         raise typer.BadParameter("give --manifest, or --outputs and --targets", param_hint="--manifest")
     if save_stats is not None and save_stats.suffix != STATISTICS:  # by which --targets knows statistics

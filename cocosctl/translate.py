@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from typer import Option
+from typer import BadParameter, Option
 
 from cocosctl import options
 from cocosctl.jobs import FORETOLD, Step, check_form, finish, own_device, run
 from cocosctl.output import Output, speaks
 from cocosnet.data.records import Record
+
+PAGES = (".html", ".htm")
 
 
 def translate(
@@ -46,6 +48,8 @@ def translate(
     torchrun the records are shared among the processes.
     """
     check_form(condition, exemplar, manifest)
+    if report is not None and report.suffix.lower() not in PAGES:  # a picture's name would lose the picture
+        raise BadParameter(f"{report}: give a name that ends in {PAGES[0]}", param_hint="--report")
     out = Output(as_json, quiet, verbose)
 
     def load() -> Step:

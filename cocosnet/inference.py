@@ -234,7 +234,10 @@ class Translator:
             image = load_condition_image(record.exemplar_condition, self.data)
             return condition_to_tensor(image.resize(photo.size, condition_filter(self.data)), self.data)[None]
         if self.data.task == "mask":
-            raise DataError(f"record {record.id!r}: this model needs an exemplar_condition of task {self.data.task}")
+            raise DataError(
+                f"{shown(record.exemplar)}: this model also needs the exemplar's own label map, as a record's "
+                "exemplar_condition (--manifest)"
+            )
         return condition_to_tensor(self._extracted(photo, record.exemplar), self.data)[None]
 
     def _extracted(self, photo: Image.Image, path: str, side: int | None = None) -> Image.Image | Pose:
@@ -295,7 +298,7 @@ def _state(path: str | None) -> list[Any] | None:
 def _inputs(record: Record) -> list[str]:
     """The files that a record is made of. Raises DataError where one that every model needs is not named."""
     if record.condition is None or record.exemplar is None:
-        raise DataError(f"record {record.id!r}: needs a condition and an exemplar")
+        raise DataError("the record needs a condition and an exemplar")
     return [path for path in (record.condition, record.exemplar, record.exemplar_condition) if path is not None]
 
 
