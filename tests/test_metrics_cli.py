@@ -210,6 +210,10 @@ def test_statistics_give_the_same_number_as_pictures(folder, evaluate):
         for first, second in ways
     ]
     assert found[1:] == pytest.approx([found[0]] * 2, rel=1e-6)
+    options = ("--outputs", "out", "--exemplars", "warp", "--metrics", "fd_vgg16,style_color", "--json")
+    beside = values(evaluate(*options, "--targets", "true.npz"))
+    assert beside["fd_vgg16"] == pytest.approx(found[0], rel=1e-6) and beside["style_color"] > 0
+    assert values(evaluate(*options, "--save-stats", "out.npz")) == {**beside, "fd_vgg16": None}
     wrong = evaluate("--outputs", "out", "--targets", "true.npz", "--metrics", "psnr")
     assert wrong.returncode == 3 and "psnr needs the pictures" in wrong.stderr
     (folder / "bad.npz").write_text("no")

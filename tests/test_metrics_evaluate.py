@@ -144,6 +144,8 @@ def test_names_are_checked_before_any_record_is_taken():
         evaluate(records(), ["psnr", "sssim"])
     with pytest.raises(ConfigError, match="no metric is named"):
         evaluate(records(), [])
+    with pytest.raises(ConfigError, match="a list of names, is the text 'psnr'"):
+        evaluate(records(), "psnr")
 
 
 def test_folders_that_do_not_match_are_refused_in_one_line(folders):

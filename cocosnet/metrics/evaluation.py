@@ -71,7 +71,8 @@ class Evaluation:
         rows: after `run`, the records in their order with their scores in extra["scores"]; of the first process only.
 
     Raises:
-        ConfigError: no metric is named, a name is unknown, or a metric cannot do with statistics or several processes.
+        ConfigError: no metric is named, a text is given for the list, a name is unknown, or a metric cannot do with
+            statistics or several processes.
         DataError: a file of statistics cannot be used.
         MissingWeights, MissingDependency: a metric cannot run here; found out before the first record is taken.
     """
@@ -87,6 +88,8 @@ class Evaluation:
     ) -> None:
         if not metrics:
             raise ConfigError("no metric is named; name at least one, e.g. swd,psnr")
+        if isinstance(metrics, str):  # its letters would be taken for names
+            raise ConfigError(f"metrics must be a list of names, is the text {metrics!r}")
         self.metrics = {name: get_metric(name, device=device, seed=seed) for name in metrics}
         self.rows: list[Record] = []
         self._device, self._shards = torch.device(device), shards
@@ -117,6 +120,8 @@ class Evaluation:
 
     def _take_side(self, side: str, path: Path | None) -> None:
         for metric in self.metrics.values():
+            if side not in metric.needs:
+                continue
             if not metric.from_statistics:
                 raise ConfigError(
                     f"{metric.name} needs the pictures of every {side}; statistics serve fid and fd_vgg16"
