@@ -23,7 +23,7 @@ from torch import Tensor
 from cocosnet.checkpoint import find_checkpoint, load_model
 from cocosnet.config import DataConfig
 from cocosnet.data.conditions import condition_filter, condition_to_tensor, load_condition_image
-from cocosnet.data.extractors import Extractor, condition_extractor
+from cocosnet.data.extractors import Extractor, condition_extractor, extractor_names
 from cocosnet.data.images import (
     check_file,
     check_format,
@@ -143,6 +143,7 @@ class Translator:
         """
         for path in _inputs(record):
             check_file(path)
+        self._check_task(record)
         check_format(output)
         found = None if overwrite else self._up_to_date(self._digest(record), output)
         return dataclasses.replace(record, output=str(output), status="skipped" if found else "ok", seconds=None)
@@ -166,8 +167,7 @@ class Translator:
             [matches.cpu() for matches in result.matches],
         )
         save_image(panel, output)
-        seconds = round(time.perf_counter() - start, 3)
-        return dataclasses.replace(record, output=str(output), status="ok", error=None, seconds=seconds)
+        return _handled(record, output, "ok", round(time.perf_counter() - start, 3), pair.source)
 
     def check_matching(self) -> None:
         """Raises ConfigError where the model matches nothing, so that there is nothing to draw."""
@@ -180,6 +180,7 @@ class Translator:
     def load_pair(self, record: Record) -> Pair:
         """Read a record's files at the working size. Raises DataError naming the file at fault."""
         condition_file, exemplar_file, *_ = _inputs(record)
+        self._check_task(record)
         condition, source = self._condition(condition_file, self.raw)
         photo = self._sized(load_rgb(exemplar_file, self._side), exemplar_file)
         exemplar_condition = (
@@ -188,6 +189,15 @@ class Translator:
         found = exemplar_condition is not None and record.exemplar_condition is None
         extracted = source is not FROM_FILE or found
         return Pair(condition, to_tensor(photo)[None], exemplar_condition, source, extracted)
+
+    def _check_task(self, record: Record) -> None:
+        """Raises DataError for a condition of another task: read as this model's it would be nonsense, silently."""
+        task = self.data.task if self.raw else _task_of(record)
+        if task not in (None, self.data.task):
+            raise DataError(
+                f"{shown(record.condition)}: prepared for task {task}, but {shown(self.checkpoint)} has learned task "
+                f"{self.data.task}; give other weights"
+            )
 
     @property
     def _side(self) -> int:
@@ -300,6 +310,18 @@ def _inputs(record: Record) -> list[str]:
     if record.condition is None or record.exemplar is None:
         raise DataError("the record needs a condition and an exemplar")
     return [path for path in (record.condition, record.exemplar, record.exemplar_condition) if path is not None]
+
+
+def _task_of(record: Record) -> str | None:
+    """What task a record's condition is of, where its name or an earlier step says so."""
+    if Path(record.condition).suffix.lower() == ".json":
+        return "pose"
+    source = record.extra.get("condition_source")
+    if not isinstance(source, dict):
+        return None
+    if "labels" in source:
+        return "mask"
+    return "edge" if source.get("network") in extractor_names("edge") else None
 
 
 def _handled(record: Record, output: Path, status: str, seconds: float | None, source: dict[str, Any]) -> Record:

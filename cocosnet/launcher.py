@@ -1,4 +1,5 @@
-"""Who this process is among those that a launcher (`torchrun`, SLURM) has started; no import of PyTorch."""
+"""Who this process is among those that a launcher (`torchrun`, SLURM) has started, and what it may use; no import of
+PyTorch."""
 
 from __future__ import annotations
 
@@ -24,3 +25,9 @@ def number(name: str, otherwise: int) -> int:
     if not text.isdecimal():
         raise ConfigError(f"{name}={text} is not a number from 0 on; a launcher such as torchrun sets it, or unset it")
     return int(text)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, at least 1: a scheduler may have given it fewer than there are."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(found or 1, 1)

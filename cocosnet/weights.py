@@ -121,7 +121,7 @@ def weight_file(name: str) -> WeightFile:
 def search_folders() -> list[Path]:
     """Folders that are searched, first come first served."""
     own = os.environ.get("COCOSCTL_WEIGHTS_DIR")
-    return ([Path(own).expanduser()] if own else []) + [_torch_home() / "hub" / "checkpoints"]
+    return ([Path(os.path.expanduser(own))] if own else []) + [_torch_home() / "hub" / "checkpoints"]
 
 
 def store_folder() -> Path:
@@ -196,7 +196,7 @@ def packed_file(filename: str) -> Path:
 def _torch_home() -> Path:
     """The folder that `torch.hub` derives from the environment, found without importing PyTorch."""
     cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    return Path(os.environ.get("TORCH_HOME", Path(cache) / "torch")).expanduser()
+    return Path(os.path.expanduser(os.environ.get("TORCH_HOME", Path(cache) / "torch")))  # as it is without a home
 
 
 def _locate(weight: WeightFile) -> Path | None:

@@ -444,6 +444,26 @@ def test_a_dry_run_foretells_the_run(place, invoke, monkeypatch):
     assert (code, out, len(err.splitlines())) == (5, "", 1) and "bogus" in err
 
 
+def test_a_condition_of_another_task_is_refused_not_misread(place, invoke):
+    pictures, pose = place / "photos", place / "pose.json"
+    pose.write_text("{}")
+    labels = place / "labels.png"
+    Image.new("L", (48, 40), 3).save(labels)
+    record = {"id": "a", "condition": str(labels), "exemplar": str(pictures / "p0.png")}
+    record["condition_source"] = {"network": "none", "labels": "index maps"}
+    records = place / "labels.jsonl"
+    records.write_text(json.dumps(record) + "\n")
+    code, out, err = invoke("translate", "-m", records, "-w", "demo", "-o", place / "misread")
+    assert (code, out) == (4, "") and "prepared for task mask" in err and "has learned task edge" in err
+    code, out, err = invoke("translate", pose, pictures / "p0.png", "-w", "demo", "-o", place / "misread.png")
+    assert (code, out, len(err.splitlines())) == (3, "", 1) and "prepared for task pose" in err
+    code, out, err = invoke(
+        "translate", "-m", place / "prep", "-w", "facades-small", "-o", place / "misread", "--dry-run"
+    )
+    assert code == 4 and err.count("prepared for task edge") == 6
+    assert not (place / "misread").exists() or not list((place / "misread").glob("*.png"))
+
+
 def test_a_dry_run_writes_nothing(place, invoke):
     code, out, _ = invoke("translate", "-m", place / "prep", "-w", "demo", "-o", place / "dry", "--dry-run")
     assert (code, len(out.splitlines())) == (0, 6) and not (place / "dry").exists()

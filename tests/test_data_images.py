@@ -212,7 +212,9 @@ def test_resize_shorter_keeps_proportions(size: tuple[int, int], result: tuple[i
     assert resize_shorter(Image.new("RGB", size), 64).size == result
 
 
-def test_absurd_proportions_are_refused() -> None:
+def test_absurd_proportions_and_sizes_are_refused() -> None:
+    with pytest.raises(DataError, match="ask for a smaller size"):
+        resize_shorter(Image.new("L", (64, 64)), 100_000)
     with pytest.raises(DataError, match="long and thin"):
         resize_shorter(Image.new("L", (600_000, 1)), 512)
 
@@ -230,6 +232,8 @@ def test_save_refuses_unknown_formats_and_unwritable_places(tmp_path: Path) -> N
     image = Image.new("RGB", (4, 4))
     with pytest.raises(DataError, match="cannot write this format"):
         save_image(image, tmp_path / "picture.xyz")
+    with pytest.raises(DataError, match="a folder; name the picture to write, such as .*out.png"):
+        save_image(image, tmp_path)
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(DataError, match="cannot write"):
         save_image(image, tmp_path / "file" / "picture.png")

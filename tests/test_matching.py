@@ -284,7 +284,7 @@ def test_without_numba_the_reference_runs_and_says_so_once():
     assert len(done.stderr.splitlines()) == 1 and "reference engine" in done.stderr
 
 
-@pytest.mark.parametrize("setting", ["NUMBA_DISABLE_JIT=1", "NUMBA_THREADING_LAYER=none"])
+@pytest.mark.parametrize("setting", ["NUMBA_DISABLE_JIT=1", "NUMBA_THREADING_LAYER=none", "NUMBA_NUM_THREADS=0"])
 def test_where_numba_is_set_not_to_work_the_reference_runs_and_says_so_once(setting):
     pytest.importorskip("numba")
     program = """if True:

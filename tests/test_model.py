@@ -69,6 +69,14 @@ def test_wrong_shapes_are_named(condition, exemplar, words):
         build()(torch.rand(condition), torch.rand(exemplar))
 
 
+def test_what_is_no_tensor_is_named():
+    condition, exemplar = torch.rand(1, 1, 32, 32), torch.rand(1, 3, 32, 32)
+    with pytest.raises(ValueError, match="exemplar: expected a tensor B,3,H,W, got NoneType"):
+        build()(condition, None)
+    with pytest.raises(ValueError, match="condition: expected a tensor B,1,H,W, got ndarray"):
+        build()(condition.numpy(), exemplar)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float64, torch.bfloat16])
 def test_numbers_of_another_type_are_named_also_where_autocast_would_take_them(dtype):
     """A warp whose positions are bfloat16 would be off by pixels, and nothing would say so."""

@@ -180,13 +180,13 @@ def test_ctrl_c_is_one_line_and_the_next_run_goes_on(tmp_path: Path, workers: in
         start_new_session=True,
     )
     deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("out/.stamps/*.json"))) < 3 and process.poll() is None:
+    while len(list(tmp_path.glob("out/.stamps/[!.]*.json"))) < 3 and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and said == "cocosctl: interrupted\n"
-    made = len(list(tmp_path.glob("out/.stamps/*.json")))
+    made = len(list(tmp_path.glob("out/.stamps/[!.]*.json")))
     assert 3 <= made < 24
     again = run(*command, "--json")
     assert [record["status"] for record in lines(again.stdout)].count("skipped") >= made
@@ -201,7 +201,7 @@ def test_a_killed_helper_is_one_line_and_the_next_run_goes_on(tmp_path: Path) ->
             [*command, "--workers", "2"], stdout=subprocess.DEVNULL, stderr=said, env=clean_environment()
         )
         deadline = time.monotonic() + 120
-        while len(list(tmp_path.glob("out/.stamps/*.json"))) < 2:
+        while len(list(tmp_path.glob("out/.stamps/[!.]*.json"))) < 2:
             assert time.monotonic() < deadline and running.poll() is None
             time.sleep(0.01)
         os.kill(helpers_of(running)[-1], signal.SIGKILL)
@@ -209,6 +209,6 @@ def test_a_killed_helper_is_one_line_and_the_next_run_goes_on(tmp_path: Path) ->
         said.seek(0)
         lines_said = said.read().splitlines()
     assert len(lines_said) == 1 and "fewer --workers" in lines_said[0]
-    made = len(list(tmp_path.glob("out/.stamps/*.json")))
+    made = len(list(tmp_path.glob("out/.stamps/[!.]*.json")))
     left = lines(run(*command[len(COCOSCTL) :], "--dry-run", "--json").stdout)
     assert made >= 2 and [record["status"] for record in left].count("skipped") == made

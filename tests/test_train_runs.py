@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -323,6 +324,17 @@ def test_a_run_folder_that_cannot_be_changed_is_said_in_one_line(data, tmp_path)
     (tmp_path / "stopped").mkdir()  # stands in for a folder that is read-only, which it never is for root
     with pytest.raises(OutputError, match="stopped: cannot write"):
         Trainer(tiny(), data, tmp_path, "cpu").train()
+
+
+def test_without_room_in_shared_memory_the_run_ends_with_the_remedy(data, tmp_path):
+    """As in a container, whose /dev/shm has 64 MB unless it is asked for more."""
+    small = ["unshare", "--mount", "bash", "-c", 'mount -t tmpfs -o size=100k none /dev/shm && exec "$@"', "bash"]
+    if not shutil.which("unshare") or subprocess.run([*small, "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small /dev/shm")
+    (tmp_path / "config.yaml").write_text(config_to_yaml(tiny("train.workers=1", "train.batch=8")))
+    command = [*small, *COCOSCTL, "train", tmp_path / "config.yaml", "--data", data, "-o", tmp_path / "run", "-q"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 3 and len(done.stderr.splitlines()) == 1 and "train.workers=0" in done.stderr, done.stderr
 
 
 def loading(process):

@@ -46,6 +46,13 @@ def watched(data, tmp_path_factory):
     return run, ticks
 
 
+def test_a_run_does_not_go_into_the_folder_of_its_data(data):
+    before = sorted(path.name for path in data.iterdir())
+    with pytest.raises(ConfigError, match="holds the data; choose another folder"):
+        Trainer(tiny(), data, data / "." / "images" / "..", "cpu")
+    assert sorted(path.name for path in data.iterdir()) == before
+
+
 def test_there_is_a_preset_for_each_setting_of_the_paper_with_its_resolution():
     assert set(PAPER) | {"portraits", "facades", "tiny-cpu", "demo"} <= set(preset_names())
     for name, (task, size) in PAPER.items():

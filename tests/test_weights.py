@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -99,6 +102,14 @@ def test_where_the_own_folder_cannot_be_written_files_go_to_the_next(entry, fold
     assert weights.imported_folder() == folders[1] / "cocosctl"
     monkeypatch.delenv("COCOSCTL_OFFLINE")
     assert weights.find_weights("w") == folders[1] / "w.pth"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become an unknown user")
+def test_an_unknown_user_without_a_home_has_search_folders_all_the_same():
+    program = "import os; from cocosnet import weights; os.setuid(54321); print(len(weights.search_folders()))"
+    homeless = {name: value for name, value in os.environ.items() if name not in ("HOME", "COCOSCTL_WEIGHTS_DIR")}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=homeless)
+    assert done.stdout == "1\n", done.stderr
 
 
 def test_a_wrong_or_failed_download_leaves_nothing(entry, folders, monkeypatch):

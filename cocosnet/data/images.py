@@ -253,13 +253,16 @@ def shorter_size(full: tuple[int, int], size: int) -> tuple[int, int]:
     """(width, height) `full` with the shorter side of `size` px and the proportions kept (the longer side rounded).
 
     Raises:
-        DataError: so long and thin that the result would have more than MAX_PIXELS pixels.
+        DataError: the result would have more than MAX_PIXELS pixels.
     """
     width, height = full
     scale = size / min(full)
     target = tuple(size if side == min(full) else max(size, round(side * scale)) for side in full)
     if target[0] * target[1] > MAX_PIXELS:
-        raise DataError(f"{width}x{height} px is too long and thin to be resized to {size} px; crop the picture first")
+        raise DataError(
+            f"{width}x{height} px with {size} px on the shorter side is over {MAX_PIXELS:,} pixels; ask for a smaller "
+            "size, and crop a picture that is long and thin"
+        )
     return target
 
 
@@ -276,7 +279,9 @@ def to_image(tensor: torch.Tensor) -> Image.Image:
 
 
 def check_format(path: str | Path) -> None:
-    """Raises DataError where the suffix names no format that `save_image` writes."""
+    """Raises DataError for a folder, and where the suffix names no format that `save_image` writes."""
+    if os.path.isdir(path):
+        raise DataError(f"{shown(path)}: a folder; name the picture to write, such as {shown(Path(path) / 'out.png')}")
     if Path(path).suffix.lower() not in SAVE_OPTIONS:
         raise DataError(f"{shown(path)}: cannot write this format; use one of {', '.join(SAVE_OPTIONS)}")
 

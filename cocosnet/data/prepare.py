@@ -41,7 +41,7 @@ from cocosnet.data.sources import Item, check_crop, find_items, photo_root
 from cocosnet.errors import CocosError, ConfigError, DataError, HelperKilled
 from cocosnet.files import atomic_write
 from cocosnet.groups import agree, end_group, everyone, join_group
-from cocosnet.launcher import place
+from cocosnet.launcher import place, usable_cores
 
 logger = logging.getLogger(__name__)
 SCHEMA = "cocosctl.dataset/1"
@@ -278,7 +278,7 @@ class Preparation:
             _Elsewhere(self.maker),
             batch_size=None,
             sampler=parts,
-            num_workers=min(self.workers, len(parts)),
+            num_workers=min(self.workers, len(parts), usable_cores()),  # PyTorch warns of more
             collate_fn=_as_it_is,
             multiprocessing_context="spawn",  # a copy of a process with threads and networks may hang
         )

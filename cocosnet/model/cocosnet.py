@@ -126,8 +126,10 @@ def check_inputs(
         ("exemplar", exemplar, 3),
         ("exemplar_condition", exemplar_condition, channels),
     ):
-        if tensor is None:
+        if tensor is None and name == "exemplar_condition":
             continue
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name}: expected a tensor B,{wanted},H,W, got {type(tensor).__name__}")
         if tensor.dim() != 4 or tensor.shape[1] != wanted or 0 in tensor.shape:
             raise ValueError(f"{name}: expected B,{wanted},H,W, got {','.join(map(str, tensor.shape))}")
         if tensor.dtype != torch.float32:

@@ -151,7 +151,8 @@ class _InstanceNorm(torch.autograd.Function):
 
 
 def _pixel_mean(x: Tensor) -> Tensor:
-    return x.mean((2, 3), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    wide = x.dtype if x.dtype == torch.float64 else torch.float32  # PyTorch 2.6 cannot export torch.promote_types
+    return x.mean((2, 3), keepdim=True, dtype=wide)
 
 
 def resize_guide(guide: Tensor, size: torch.Size) -> Tensor:

@@ -196,7 +196,7 @@ def _compiled() -> Engine | None:
     """The compiled engine, or None where it cannot be loaded, which is said once: the reference is much slower."""
     try:
         from cocosnet.model import compiled
-    except (ImportError, RuntimeError) as error:  # absent, too old for this NumPy, or no folder for its cache
+    except (ImportError, RuntimeError, ValueError) as error:  # absent, too old for this NumPy, or ill set up
         logger.warning("matching runs on its slow reference engine, since numba does not load (%s)", error)
         return None
     names = ("propagate", "evaluate", "descend", "best_first", "soft_warp")

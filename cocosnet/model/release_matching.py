@@ -275,7 +275,7 @@ def is_plain(*tensors: Tensor) -> bool:
 def _compiled() -> ModuleType | None:
     try:
         from cocosnet.model import release_compiled
-    except (ImportError, RuntimeError):  # absent, too old for this NumPy, or no folder for its cache
+    except (ImportError, RuntimeError, ValueError):  # absent, too old for this NumPy, or ill set up
         return None
     return release_compiled
 

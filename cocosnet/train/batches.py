@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from cocosnet.config import Config
 from cocosnet.data.dataset import PairDataset
@@ -113,9 +113,23 @@ class Answers(Dataset):
     def __getitem__(self, step: int) -> Batch | CocosError:
         """The batch of step `step`, or why there is none."""
         try:
-            return self.batches[step]
+            return _handed_over(self.batches[step])
         except CocosError as error:
             return error
+
+
+def _handed_over(batch: Batch) -> Batch:
+    """In a loading process, the batch in memory that the trainer can read: PyTorch would move it there on its way out,
+    and where there is no room lose it without a word, and the trainer would wait for ever. Raises DataError then."""
+    if get_worker_info() is None:
+        return batch
+    try:
+        return Batch(**{name: value.share_memory_() for name, value in vars(batch).items()})
+    except RuntimeError as error:
+        raise DataError(
+            "no room in shared memory (/dev/shm) for a batch; set train.workers=0, or give it more (--shm-size of "
+            "`docker run`)"
+        ) from error
 
 
 def make_sample(item: Mapping[str, Any], config: Config, *, pseudo: bool, generator: torch.Generator) -> Batch:

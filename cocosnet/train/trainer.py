@@ -27,6 +27,7 @@ from cocosnet.data.dataset import PairDataset, as_prepared
 from cocosnet.data.images import save_image, to_image
 from cocosnet.errors import CheckpointError, CocosError, ConfigError, OutputError, Stopped
 from cocosnet.files import atomic_path, atomic_write, cannot_write
+from cocosnet.launcher import usable_cores
 from cocosnet.metrics.registry import get_metric
 from cocosnet.model.cocosnet import Output
 from cocosnet.precision import pick_precision
@@ -90,6 +91,8 @@ class Trainer:
         tick_seconds: float = 0.0,
     ):
         check_trainable(config)
+        if os.path.realpath(run_folder) == os.path.realpath(data_folder):
+            raise ConfigError(f"{run_folder}: holds the data; choose another folder for the run")
         self.config = config = as_prepared(data_folder, config)
         self.run, self.resume = Path(run_folder), str(resume)
         self.ranks = Ranks.join(resolve_device(device), config.train.batch)
@@ -483,12 +486,6 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on, at least 1: a scheduler may have given it fewer than there are."""
-    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(found or 1, 1)
 
 
 def _raise_failure(batch: Batch | CocosError) -> None:

@@ -93,7 +93,7 @@ def rtmlib(device: torch.device) -> PoseExtractor:
 def _rtm_files(mode: dict[str, Any]) -> list[Path]:
     """Where rtmlib keeps the detector of people and the one of joints that a mode of its names by URL."""
     cache = os.environ.get("TORCH_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "rtmlib")
-    folder = Path(cache).expanduser() / "hub" / "checkpoints"
+    folder = Path(os.path.expanduser(cache)) / "hub" / "checkpoints"
     return [folder / f"{PurePosixPath(mode[part]).name.partition('.')[0]}.onnx" for part in ("det", "pose")]
 
 
