@@ -540,6 +540,40 @@ def _guesses(number, count, limits, room):
 
 
 @njit
+def _fill(here, limits, desk, slots, ys, xs, waiting, low, blocks):
+    """`_offer` of a whole vector to a desk of as many empty slots: where no two share a pixel, all of them go in."""
+    floats, numbers = desk
+    tried = 3 * slots
+    lanes.store(floats, tried, ys)
+    lanes.store(floats, tried + LANES, xs)
+    pixels, scores = _pixels(ys, xs, np.int32(limits[1])), tried + 2 * LANES
+    lanes.store(numbers, slots, pixels)
+    alone = 0
+    for k in range(LANES):
+        floats[scores + k] = _similarity(*here, limits, floats[tried + k], floats[tried + LANES + k], blocks)
+        alone += lanes.count(lanes.equal(pixels, lanes.splat(numbers[slots + k]))) == 1
+    strengths = lanes.load(floats, scores)
+    if alone < LANES or lanes.equal(strengths, lanes.splat(EMPTY)):
+        return _offer(here, limits, desk, slots, ys, xs, waiting, low, blocks)
+    lanes.store(floats, 0, ys)
+    lanes.store(floats, LANES, xs)
+    lanes.store(floats, 2 * LANES, strengths)
+    lanes.store(numbers, 0, pixels)
+    return lanes.least(strengths)
+
+
+@njit
+def _fetch_guesses(fy, image, number, count, limits, step):
+    """Have f^y brought near where `_guesses` will look: the places are far apart, and reading them was most waiting."""
+    for k in range(count):
+        row = (np.uint64(number + k) * R2[0]) % SPAN * np.uint64(limits[0]) // SPAN
+        column = (np.uint64(number + k) * R2[1]) % SPAN * np.uint64(limits[1]) // SPAN
+        place = ((image * limits[0] + np.int64(row)) * limits[1] + np.int64(column)) * step
+        for line in range(0, step, LANES):
+            lanes.fetch_ahead(fy, place + line)
+
+
+@njit
 def _descend_line(fx, fy, parents, coarse, shape, limits, blocks, line, desk, state):
     """A line of pixels of `_descend`."""
     _, height, width, candidates, _ = shape
@@ -549,10 +583,16 @@ def _descend_line(fx, fy, parents, coarse, shape, limits, blocks, line, desk, st
         pixel, low = line * width + j, _clear(desk, slots, candidates)
         here = fx, pixel * LANES * len(blocks), fy, line // height
         source, room = (row * coarse[1] + j // 2) * candidates, lanes.advanced(desk[0], 3 * slots)
+        _fetch_guesses(
+            fy, line // height, (line % height * width + j) * candidates, candidates, limits, LANES * len(blocks)
+        )
         for first in range(0, parents_tried, quarter):
             count = min(quarter, parents_tried - first)
             children = _children(parents, source + first, count, limits, room)
-            low = _offer(here, limits, desk, slots, *children, low, blocks)
+            if first == 0 and candidates == LANES and count == quarter:
+                low = _fill(here, limits, desk, slots, *children, low, blocks)
+            else:
+                low = _offer(here, limits, desk, slots, *children, low, blocks)
         number = (line % height * width + j) * candidates
         for first in range(0, candidates, LANES):
             guesses = _guesses(number + first, min(LANES, candidates - first), limits, room)

@@ -84,6 +84,21 @@ def store(_typing, array, index, vector):
 
 
 @intrinsic
+def fetch_ahead(_typing, array, index):
+    """Have the cache line of array[index] brought near, which is about to be read; nothing waits for it."""
+
+    def generate(context, builder, _signature, values):
+        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        place = builder.bitcast(builder.gep(values[0], [values[1]]), byte)
+        builder.call(function, [place, word(0), word(3), word(1)])  # to be read, into the nearest cache, as data
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+@intrinsic
 def splat(_typing, number):
     """LANES times the same number."""
 
