@@ -192,12 +192,28 @@ class Translator:
 
     def _check_task(self, record: Record) -> None:
         """Raises DataError for a condition of another task: read as this model's it would be nonsense, silently."""
-        task = self.data.task if self.raw else _task_of(record)
+        task = self.data.task if self.raw else self._task_of(record)
         if task not in (None, self.data.task):
             raise DataError(
                 f"{shown(record.condition)}: prepared for task {task}, but {shown(self.checkpoint)} has learned task "
                 f"{self.data.task}; give other weights"
             )
+
+    def _task_of(self, record: Record) -> str | None:
+        """What task a record's condition is of, where its name or an earlier step says so."""
+        if Path(record.condition).suffix.lower() == ".json":
+            return "pose"
+        source = record.extra.get("condition_source")
+        if not isinstance(source, dict):
+            return None
+        if "labels" in source:
+            return "mask"
+        return "edge" if source.get("network") in self._edge_extractors else None
+
+    @cached_property
+    def _edge_extractors(self) -> list[str]:
+        """Their names; looking for other packages' takes milliseconds, too long for every record."""
+        return extractor_names("edge")
 
     @property
     def _side(self) -> int:
@@ -310,18 +326,6 @@ def _inputs(record: Record) -> list[str]:
     if record.condition is None or record.exemplar is None:
         raise DataError("the record needs a condition and an exemplar")
     return [path for path in (record.condition, record.exemplar, record.exemplar_condition) if path is not None]
-
-
-def _task_of(record: Record) -> str | None:
-    """What task a record's condition is of, where its name or an earlier step says so."""
-    if Path(record.condition).suffix.lower() == ".json":
-        return "pose"
-    source = record.extra.get("condition_source")
-    if not isinstance(source, dict):
-        return None
-    if "labels" in source:
-        return "mask"
-    return "edge" if source.get("network") in extractor_names("edge") else None
 
 
 def _handled(record: Record, output: Path, status: str, seconds: float | None, source: dict[str, Any]) -> Record:
