@@ -54,7 +54,7 @@ def train(
     with _memory_named():
         if dry_run:
             if data.exists():
-                _check_data(data, resolved, out)
+                _check(data, resolved, out)
             _describe(resolved, device, out)
         else:
             _train(resolved, data, output, device, resume, out)
@@ -75,23 +75,22 @@ def _train(config: Config, data: Path, output: Path, device: str, resume: str, o
         resume=resume,
     )
     if trainer.ranks.writes:
-        _remark(data, config, len(trainer.held_out), out)
+        _remark(data, config, out)
+        if not trainer.held_out:
+            out.note(
+                f"{data}: no picture is held out, so nothing is validated; --set data.val_fraction=0.1 at `prepare`"
+            )
     model = trainer.train()
     if trainer.ranks.writes:
         out.row({"model": str(model)}, str(model))
 
 
-def _remark(data: Path, config: Config, held_out: int, out: Output) -> None:
+def _remark(data: Path, config: Config, out: Output) -> None:
     """Say what a folder of training pictures lacks, where the run goes on all the same."""
     from cocosnet.data.dataset import remarks
-    from cocosnet.data.images import shown
 
     for remark in remarks(data, config):
         out.note(remark)
-    if not held_out:
-        out.note(
-            f"{shown(data)}: no picture is held out, so nothing is validated; --set data.val_fraction=0.1 at `prepare`"
-        )
 
 
 @contextlib.contextmanager
@@ -104,6 +103,7 @@ def _memory_named() -> Iterator[None]:
             raise
         said = " ".join(str(error).split()).rpartition("DefaultCPUAllocator: ")[2] or "out of memory"
         reason = ". ".join(said.split(". ")[:2]).rstrip(".")
+        reason = reason if "memory" in reason else f"out of memory ({reason})"
         raise ConfigError(
             f"{reason}; raise train.accumulate, set train.checkpointing=true and model.matching.checkpoint=true, or "
             "lower data.size"
@@ -126,13 +126,12 @@ def _status(tick: dict[str, Any]) -> str:
     )
 
 
-def _check_data(data: Path, config: Config, out: Output) -> None:
+def _check(data: Path, config: Config, out: Output) -> None:
     """Say what is amiss with the folder. Raises DataError where the run would end at once, since it does not fit."""
-    from cocosnet.data.dataset import check_prepared, remarks
+    from cocosnet.data.dataset import check_prepared
 
     check_prepared(data, config)
-    for remark in remarks(data, config):
-        out.note(remark)
+    _remark(data, config, out)
 
 
 def _describe(config: Config, device: str, out: Output) -> None:

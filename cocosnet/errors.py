@@ -43,7 +43,13 @@ class HelperKilled(CocosError):
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether the memory of the GPU or of the machine did not suffice; PyTorch has a class for the former only."""
+    """Whether the memory of the GPU or of the machine did not suffice; PyTorch has a class for the former only.
+
+    oneDNN, which computes on CPUs, says that it could not create a primitive where it has no memory for one; of one
+    that it does not know it says that it could not create the primitive's descriptor.
+    """
     import torch
 
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    said = str(error).strip()
+    no_room = "can't allocate memory" in said or said.endswith("could not create a primitive")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or no_room

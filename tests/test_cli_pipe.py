@@ -23,6 +23,7 @@ from cocosnet import CoCosNet, load_config, weights
 from cocosnet.checkpoint import save_model
 from cocosnet.data.extractors.hed import HED
 from cocosnet.data.records import read_manifest
+from cocosnet.errors import is_out_of_memory
 from cocosnet.inference import Translator
 from cocosnet.model.build import build_model
 
@@ -292,6 +293,12 @@ def test_a_picture_too_large_for_the_memory_does_not_stop_the_others(place, tmp_
     done = short_of_memory(["translate", good, exemplar, *options], many)
     assert done.returncode == 4 and done.stdout.splitlines()[1:] == [str(tmp_path / "o" / "good.png")], done.stderr
     assert len(done.stderr.splitlines()) == 1 and "long.png: 60000x32 px take more memory" in done.stderr
+
+
+@pytest.mark.parametrize("end, short", [("", True), (" descriptor for the convolution", False)])
+def test_what_onednn_says_for_want_of_memory_is_told_from_what_it_does_not_know(end, short):
+    """Which of its allocations fails first under a limit is chance."""
+    assert is_out_of_memory(RuntimeError(f"could not create a primitive{end}\n")) is short
 
 
 def test_a_metric_that_needs_more_memory_than_there_is_is_named(tmp_path):

@@ -198,6 +198,9 @@ def test_a_machine_that_is_too_small_is_such_a_line_too_and_another_error_stays_
     with pytest.raises(ConfigError, match="^out of memory; raise train.accumulate,"):
         with _memory_named():
             bytearray(2**62)
+    with pytest.raises(ConfigError, match=r"^out of memory \(could not create a primitive\); raise train.accumulate,"):
+        with _memory_named():
+            raise RuntimeError("could not create a primitive\n")
     with pytest.raises(RuntimeError, match="shape"):
         with _memory_named():
             torch.zeros(3).view(2)
