@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
-from cocosnet.data.records import Record, finite, write_record
+from cocosnet.data.records import Record, finite
 from cocosnet.files import cannot_write
 from cocosnet.launcher import place
 
@@ -44,9 +44,7 @@ class Output:
         if record.failed:
             self.error(f"{record.id}: {record.error}")
         if self.as_json:
-            self._lift_bar()
-            with writing_stdout():
-                write_record(sys.stdout, record)
+            self._send(record.to_json())
         elif not record.failed:
             self._send((getattr(record, role) or "").replace("\r", "\\r").replace("\n", "\\n"))  # one path a line
 
@@ -119,7 +117,7 @@ class Output:
             self._lift_bar = before
 
     def _send(self, text: str) -> None:
-        """Write a line of data to stdout at once."""
+        """Write a line of data to stdout at once, so that the next command of a pipe can start on it."""
         self._lift_bar()
         with writing_stdout():
             sys.stdout.write(text + "\n")

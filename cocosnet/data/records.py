@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from cocosnet.errors import DataError
 from cocosnet.files import atomic_path
@@ -152,9 +152,3 @@ def write_manifest(path: str | Path, records: Iterable[Record]) -> None:
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as stream:
         for record in records:
             print(record.rebased(relative).to_json(), file=stream)
-
-
-def write_record(stream: IO[str], record: Record) -> None:
-    """Write one record to a stream and flush, so that the next command of a pipe can start on it."""
-    stream.write(record.to_json() + "\n")
-    stream.flush()
