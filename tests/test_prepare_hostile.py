@@ -139,6 +139,18 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path: Path) -> None:
     assert " 0 up to date" not in again.stderr and len(read_manifest(tmp_path / "out")) == 4
 
 
+def started(command: list[object]) -> subprocess.Popen[str]:
+    """A running `cocosctl`, in a process group of its own, as a terminal would have started it."""
+    return subprocess.Popen(
+        [*COCOSCTL, *map(str, command)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=clean_environment(),
+        start_new_session=True,
+    )
+
+
 def helpers_of(process: subprocess.Popen) -> list[int]:
     """The processes that make pictures for this one."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -148,15 +160,7 @@ def helpers_of(process: subprocess.Popen) -> list[int]:
 @pytest.mark.parametrize("seconds", [0.0, 1.0])
 def test_ctrl_c_is_one_line_while_the_helpers_still_start(tmp_path: Path, seconds: float) -> None:
     photos = draw_pictures(tmp_path / "photos", 24, (400, 300))
-    command = [*COCOSCTL, "prepare", photos, "-o", tmp_path / "out", "--edges", "hed-small", "--workers", 2]
-    running = subprocess.Popen(
-        [*map(str, command)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=clean_environment(),
-        start_new_session=True,
-    )
+    running = started(["prepare", photos, "-o", tmp_path / "out", "--edges", "hed-small", "--workers", 2])
     deadline = time.monotonic() + 120
     while len(helpers_of(running)) < 2:
         assert time.monotonic() < deadline and running.poll() is None
@@ -171,14 +175,7 @@ def test_ctrl_c_is_one_line_while_the_helpers_still_start(tmp_path: Path, second
 def test_ctrl_c_is_one_line_and_the_next_run_goes_on(tmp_path: Path, workers: int) -> None:
     photos = draw_pictures(tmp_path / "photos", 24, (400, 300))
     command = ["prepare", photos, "-o", tmp_path / "out", "--size", 256, "--edges", "hed-small", "--workers", workers]
-    process = subprocess.Popen(
-        [*COCOSCTL, *map(str, command)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=clean_environment(),
-        start_new_session=True,
-    )
+    process = started(command)
     deadline = time.monotonic() + 120
     while len(list(tmp_path.glob("out/.stamps/[!.]*.json"))) < 3 and process.poll() is None:
         assert time.monotonic() < deadline

@@ -305,22 +305,37 @@ def _offer(here, limits, desk, slots, ys, xs, waiting, low, blocks):
 
     Returns the new lowest score.
     """
-    floats, numbers = desk
+    floats, _ = desk
     for block in range(0, slots, LANES):
         waiting &= ~lanes.held(ys, xs, floats, block, slots + block)
     if waiting == 0:
         return low
+    _try(here, limits, desk, slots, ys, xs, waiting, blocks)
+    return _compete(desk, slots, waiting, low)
+
+
+@njit
+def _try(here, limits, desk, slots, ys, xs, waiting, blocks):
+    """Lay a vector's candidates beside the desk's slots, and score those in the set `waiting`.
+
+    All scores come before any decision: a processor guesses decisions, and a wrong guess costs as much as a score.
+    """
+    floats, numbers = desk
     tried = 3 * slots
     lanes.store(floats, tried, ys)
     lanes.store(floats, tried + LANES, xs)
     lanes.store(numbers, slots, _pixels(ys, xs, np.int32(limits[1])))
-    rest = waiting
-    while (
-        rest
-    ):  # all scores before any decision: a processor guesses decisions, and a wrong guess costs as much as a score
-        k = tried + lanes.first(rest)
-        rest &= rest - 1
+    while waiting:
+        k = tried + lanes.first(waiting)
+        waiting &= waiting - 1
         floats[k + 2 * LANES] = _similarity(*here, limits, floats[k], floats[k + LANES], blocks)
+
+
+@njit
+def _compete(desk, slots, waiting, low):
+    """The decisions about what `_try` has scored. Returns the new lowest score."""
+    floats, numbers = desk
+    tried = 3 * slots
     rest = waiting & lanes.greater(lanes.load(floats, tried + 2 * LANES), lanes.splat(low))
     while rest:
         lane = lanes.first(rest)
@@ -529,13 +544,18 @@ def _children(parents, source, count, limits, room):
     return _clamped(ys, limits[0]), _clamped(xs, limits[1]), np.int64((1 << (4 * count)) - 1)
 
 
+@njit(inline="always")
+def _guess(number, axis, limits):
+    """The row (axis 0) or column of the place of that number."""
+    return np.int64((np.uint64(number) * R2[axis]) % SPAN * np.uint64(limits[axis]) // SPAN)
+
+
 @njit
 def _guesses(number, count, limits, room):
     """`warp.scattered_positions` from this number on, `count` of them, at most a vector; `room` as for `_children`."""
     for k in range(count):
         for axis in range(2):
-            place = (np.uint64(number + k) * R2[axis]) % SPAN * np.uint64(limits[axis]) // SPAN
-            room[axis * LANES + k] = np.float32(np.int64(place))
+            room[axis * LANES + k] = np.float32(_guess(number + k, axis, limits))
     return lanes.load(room, 0), lanes.load(room, LANES), np.int64((1 << count) - 1)
 
 
@@ -543,18 +563,12 @@ def _guesses(number, count, limits, room):
 def _fill(here, limits, desk, slots, ys, xs, waiting, low, blocks):
     """`_offer` of a whole vector to a desk of as many empty slots: where no two share a pixel, all of them go in."""
     floats, numbers = desk
-    tried = 3 * slots
-    lanes.store(floats, tried, ys)
-    lanes.store(floats, tried + LANES, xs)
-    pixels, scores = _pixels(ys, xs, np.int32(limits[1])), tried + 2 * LANES
-    lanes.store(numbers, slots, pixels)
-    alone = 0
+    _try(here, limits, desk, slots, ys, xs, waiting, blocks)
+    pixels, strengths, alone = lanes.load(numbers, slots), lanes.load(floats, 3 * slots + 2 * LANES), 0
     for k in range(LANES):
-        floats[scores + k] = _similarity(*here, limits, floats[tried + k], floats[tried + LANES + k], blocks)
         alone += lanes.count(lanes.equal(pixels, lanes.splat(numbers[slots + k]))) == 1
-    strengths = lanes.load(floats, scores)
     if alone < LANES or lanes.equal(strengths, lanes.splat(EMPTY)):
-        return _offer(here, limits, desk, slots, ys, xs, waiting, low, blocks)
+        return _compete(desk, slots, waiting, low)
     lanes.store(floats, 0, ys)
     lanes.store(floats, LANES, xs)
     lanes.store(floats, 2 * LANES, strengths)
@@ -564,11 +578,9 @@ def _fill(here, limits, desk, slots, ys, xs, waiting, low, blocks):
 
 @njit
 def _fetch_guesses(fy, image, number, count, limits, step):
-    """Have f^y brought near where `_guesses` will look: the places are far apart, and reading them was most waiting."""
-    for k in range(count):
-        row = (np.uint64(number + k) * R2[0]) % SPAN * np.uint64(limits[0]) // SPAN
-        column = (np.uint64(number + k) * R2[1]) % SPAN * np.uint64(limits[1]) // SPAN
-        place = ((image * limits[0] + np.int64(row)) * limits[1] + np.int64(column)) * step
+    """Have f^y brought near where `_guesses` will look: the places are far apart, so reading them would wait."""
+    for n in range(number, number + count):
+        place = ((image * limits[0] + _guess(n, 0, limits)) * limits[1] + _guess(n, 1, limits)) * step
         for line in range(0, step, LANES):
             lanes.fetch_ahead(fy, place + line)
 
