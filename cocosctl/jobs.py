@@ -17,6 +17,7 @@ from cocosnet.data.records import Record, iter_records, read_manifest
 from cocosnet.errors import CocosError, DataError, OutputError
 from cocosnet.files import safe_name
 from cocosnet.launcher import place
+from cocosnet.memory import keep_freed_memory
 
 DEMO_MANIFEST = "demo/manifest.jsonl"
 
@@ -96,6 +97,7 @@ def run(
     Returns:
         the records as they were printed.
     """
+    keep_freed_memory()
     if manifest is None:
         return [run_pair(condition, exemplar, output, load(), out)] if speaks() else []
     with first_process_speaks():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cocosnet.config import Config, config_from_dict, load_config
+from cocosnet.memory import keep_freed_memory
 from cocosnet.model.build import build_model
 from cocosnet.model.layers import fold_spectral_norms
 from cocosnet.precision import autocast, full_float32, layout_of, precision_of
@@ -37,6 +38,7 @@ SMALL = 64  # px: a size at which a CPU compiles what it compiles, quickly
 def main() -> None:
     """Measure and print."""
     given = _arguments()
+    keep_freed_memory()
     config = config_from_dict(RELEASE) if given.name == "release" else load_config(given.name)
     height, width = given.size or (config.data.size, config.data.size)
     device = torch.device(given.device)
