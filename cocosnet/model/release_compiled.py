@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from cocosnet.model.jit import torch_threads
-from cocosnet.model.lanes import advanced, pointer
+from cocosnet.model.lanes import advanced, fetch_ahead, pointer
 
 BLOCK = 16  # numbers that PyTorch adds one after the other before it joins partial sums, when it sums over channels
+
+LINE = 16  # numbers that come into a processor's cache together
 
 
 @torch_threads()
@@ -45,26 +47,63 @@ def _score(field, x, y, step, rounded, indices, scores):
 
 @numba.njit(boundscheck=False)
 def _score_row(i, field, x, y, step, rounded, indices, scores):
-    both, height, width = field.shape
-    candidates, count, channels, size = both // 2, indices.shape[1], x.shape[2], (y.shape[0], y.shape[1])
-    reach = 1 if count > candidates else 0
+    width, count, channels = field.shape[2], indices.shape[1], x.shape[2]
+    candidates, size = field.shape[0] // 2, (y.shape[0], y.shape[1])
+    lines, reach = _lines(field, i, step[0]), 1 if count > candidates else 0
     distinct, slots, found = np.empty(count, np.int64), np.empty(count, np.int64), np.empty(count, np.float32)
-    for j in range(width):
-        p, at = i * width + j, 0
-        for sign in range(-reach, reach + 1):
-            ni, nj = i + sign * step[0], j + sign * step[1]
-            inside = ni >= 0 and nj >= 0 and ni < height and nj < width
-            for k in range(candidates):
-                down = field[k, ni, nj] if inside else np.float32(0)
-                along = field[candidates + k, ni, nj] if inside else np.float32(0)
-                indices[p, at] = _number(np.float32(i) + down, np.float32(j) + along, size, rounded)
-                at += 1
-        query, numbers = advanced(pointer(x), p * channels), advanced(pointer(indices), p * count)
-        scratch = pointer(distinct), pointer(slots), pointer(found)
-        out = advanced(pointer(scores), p * count)
-        _distinct_dots(query, pointer(y), channels, numbers, out, count, candidates, scratch)
+    scratch = pointer(distinct), pointer(slots), pointer(found)
+    for j in range(width + 1):
+        p = i * width + j
+        if j < width:  # while the pixel before this one is compared, the places that this one points to are fetched
+            numbers = advanced(pointer(indices), p * count)
+            _point((i, j), pointer(lines), field.shape, step, reach, size, rounded, numbers)
+            _fetch(pointer(y), numbers, count, channels)
+        if j > 0:
+            query, numbers = advanced(pointer(x), (p - 1) * channels), advanced(pointer(indices), (p - 1) * count)
+            out = advanced(pointer(scores), (p - 1) * count)
+            _distinct_dots(query, pointer(y), channels, numbers, out, count, candidates, scratch)
     # A buffer is freed after its last use, which pointers do not count as.
-    found[0], slots[0], distinct[0] = 0, 0, 0
+    found[0], slots[0], distinct[0], lines[0, 0, 0] = 0, 0, 0, 0
+
+
+@numba.njit(boundscheck=False)
+def _lines(field, i, step):
+    """Offsets of row i and of those `step` rows before and after it, where there are such: 3,w,2K.
+
+    A pixel's numbers side by side. In the field they lie a map apart, which a processor's cache keeps few of.
+    """
+    both, height, width = field.shape
+    lines = np.zeros((3, width, both), np.float32)
+    for line in range(3):
+        row = i + (line - 1) * step
+        if (line == 1 or step > 0) and 0 <= row < height:
+            for k in range(both):
+                for j in range(width):
+                    lines[line, j, k] = field[k, row, j]
+    return lines
+
+
+@numba.njit(boundscheck=False)
+def _point(place, lines, shape, step, reach, size, rounded, numbers):
+    """The numbers of the pixels that the candidates of a pixel point to, its own between its neighbours'."""
+    (i, j), (both, height, width) = place, shape
+    candidates, at = both // 2, 0
+    for sign in range(-reach, reach + 1):
+        ni, nj = i + sign * step[0], j + sign * step[1]
+        inside = ni >= 0 and nj >= 0 and ni < height and nj < width
+        start = ((1 + sign * step[0]) * width + nj) * both
+        for k in range(candidates):
+            down = lines[start + k] if inside else np.float32(0)
+            along = lines[start + candidates + k] if inside else np.float32(0)
+            numbers[at] = _number(np.float32(i) + down, np.float32(j) + along, size, rounded)
+            at += 1
+
+
+@numba.njit(boundscheck=False)
+def _fetch(pixels, numbers, count, channels):
+    for k in range(count):
+        for line in range(0, channels, LINE):
+            fetch_ahead(pixels, numbers[k] * channels + line)
 
 
 @numba.njit(boundscheck=False)
