@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cocosnet.errors import CheckpointError, MissingWeights
+from cocosnet.model.convolution import Conv2d
 from cocosnet.weights import find_weights
 
 
@@ -79,7 +80,7 @@ class Vgg(nn.Module):
         inputs = (3, *shape.widths)
         self.convs = nn.ModuleDict(
             {
-                f"conv{b}_{i}": nn.Conv2d(inputs[b - 1] if i == 1 else width, width, 3, padding=1)
+                f"conv{b}_{i}": Conv2d(inputs[b - 1] if i == 1 else width, width, 3, padding=1)
                 for b, (width, count) in enumerate(zip(shape.widths, shape.counts, strict=True), start=1)
                 for i in range(1, count + 1)
             }

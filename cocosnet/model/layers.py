@@ -13,6 +13,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
+from cocosnet.model.convolution import Conv2d
+
 LEAK = 0.2  # slope of every LeakyReLU (release)
 BAND = 64  # rows that `in_bands` works on at once: what a band needs stays in a processor's cache
 SPADE_HALO = 4  # rows that a SPADE block's row depends on above and below: four 3x3 convolutions one after the other
@@ -22,7 +24,7 @@ def conv(
     inputs: int, outputs: int, kernel: int = 3, *, stride: int = 1, bias: bool = True, spectral: bool = False
 ) -> nn.Module:
     """A convolution that keeps the size (at stride 1), borders padded with zeros; optionally spectrally normalised."""
-    layer = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=bias)
+    layer = Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=bias)
     nn.init.xavier_uniform_(layer.weight)
     if bias:
         nn.init.zeros_(layer.bias)
@@ -77,7 +79,7 @@ class Spade(nn.Module):
         """x B,C,h,w; guide B,G,H,W of any size, resized to x. Returns B,C,h,w."""
         guide = resize_guide(guide, x.shape[-2:])
         alpha, beta = self.alpha_beta(F.relu(self.shared(guide))).chunk(2, dim=1)
-        return positional_norm(x) * (1 + alpha) + beta
+        return torch.addcmul(beta, positional_norm(x), 1 + alpha)
 
 
 class SpadeBlock(nn.Module):
@@ -136,9 +138,9 @@ class _InstanceNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        mean, square = _pixel_mean(x), _pixel_mean(x * x)
+        mean, square = _pixel_mean(x), _mean_square(x)
         scale = torch.rsqrt((square - mean * mean).clamp(min=0) + 1e-5)
-        y = x * scale.to(x.dtype) - (mean * scale).to(x.dtype)
+        y = torch.addcmul((-mean * scale).to(x.dtype), x, scale.to(x.dtype))
         ctx.save_for_backward(y, scale)
         return y
 
@@ -148,6 +150,12 @@ class _InstanceNorm(torch.autograd.Function):
         y, scale = ctx.saved_tensors
         mean, along = _pixel_mean(gradient), _pixel_mean(gradient * y)
         return (gradient - mean.to(y.dtype) - y * along.to(y.dtype)) * scale.to(y.dtype)
+
+
+def _mean_square(x: Tensor) -> Tensor:
+    """Over the pixels, like `_pixel_mean`; band by band, since room for all squares costs more time than they do."""
+    bands = (x,) if torch.compiler.is_compiling() else x.split(BAND, dim=2)
+    return sum(_pixel_mean(rows * rows) * (rows.shape[2] / x.shape[2]) for rows in bands)
 
 
 def _pixel_mean(x: Tensor) -> Tensor:

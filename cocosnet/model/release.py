@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cocosnet.config import Config, DiscriminatorConfig, EncoderConfig, TranslatorConfig
 from cocosnet.model.cocosnet import Output, check_inputs, crop_output
+from cocosnet.model.convolution import Conv2d
 from cocosnet.model.layers import LEAK, SPADE_HALO, in_bands
 from cocosnet.model.release_matching import InstanceNorm, ReleaseHierarchy, side_by_side, unit
 
@@ -82,7 +83,8 @@ class ReleaseCoCosNet(nn.Module):
     def translate(self, warps: list[Tensor], condition: Tensor) -> Tensor:
         """The generator on all warps, enlarged by the nearest pixel, and the padded condition. B,3,H,W in [-1, 1]."""
         size = condition.shape[-2:]
-        return self.translator(torch.cat([*(F.interpolate(warp, size=size) for warp in warps), condition], dim=1))
+        guide = torch.cat([*(F.interpolate(warp, size=size) for warp in warps), condition], dim=1)
+        return self.translator(guide.contiguous(memory_format=torch.channels_last))  # as its convolutions want it
 
 
 class ReleaseEncoder(nn.Module):
@@ -113,7 +115,10 @@ class ReleaseEncoder(nn.Module):
 
 
 class ReleaseGenerator(nn.Module):
-    """The generator. Guide B,G,H,W with sides that are multiples of 32 -> B,3,H,W in [-1, 1]."""
+    """The generator. Guide B,G,H,W with sides that are multiples of 32 -> B,3,H,W in [-1, 1].
+
+    Unlike the encoders it may compute in another order than the release: no match turns on its last bits.
+    """
 
     def __init__(self, guide_channels: int, config: TranslatorConfig):
         super().__init__()
@@ -121,7 +126,7 @@ class ReleaseGenerator(nn.Module):
         widths = [config.widths[0], *(w for w, n in zip(config.widths, config.blocks) for _ in range(n))]
         self.names = ("head_0", "G_middle_0", "G_middle_1", "up_0", "up_1", "up_2", "up_3")
         for name, inputs, outputs in zip(self.names, widths, widths[1:]):
-            setattr(self, name, ReleaseSpadeBlock(inputs, outputs, guide_channels, config.spade_hidden))
+            setattr(self, name, ReleaseSpadeBlock(inputs, outputs, guide_channels, config.spade_hidden, Conv2d))
         self.conv_img = nn.Conv2d(config.widths[-1], 3, 3, padding=1)
 
     def forward(self, guide: Tensor) -> Tensor:
@@ -174,16 +179,19 @@ class ReleasePatchDiscriminator(nn.Module):
 
 
 class ReleaseSpadeBlock(nn.Module):
-    """A SPADE residual block: reflected borders, and a shortcut with a SPADE of its own where the widths differ."""
+    """A SPADE residual block: reflected borders, and a shortcut with a SPADE of its own where the widths differ.
 
-    def __init__(self, inputs: int, outputs: int, guide_channels: int, hidden: int):
+    conv: what its convolutions are made of.
+    """
+
+    def __init__(self, inputs: int, outputs: int, guide_channels: int, hidden: int, conv: type[nn.Conv2d] = nn.Conv2d):
         super().__init__()
         middle = min(inputs, outputs)
-        self.norm_0, self.conv_0 = ReleaseSpade(inputs, guide_channels, hidden), nn.Conv2d(inputs, middle, 3)
-        self.norm_1, self.conv_1 = ReleaseSpade(middle, guide_channels, hidden), nn.Conv2d(middle, outputs, 3)
+        self.norm_0, self.conv_0 = ReleaseSpade(inputs, guide_channels, hidden, conv), conv(inputs, middle, 3)
+        self.norm_1, self.conv_1 = ReleaseSpade(middle, guide_channels, hidden, conv), conv(middle, outputs, 3)
         self.learned = inputs != outputs
         if self.learned:
-            self.norm_s = ReleaseSpade(inputs, guide_channels, hidden)
+            self.norm_s = ReleaseSpade(inputs, guide_channels, hidden, conv)
             self.conv_s = nn.Conv2d(inputs, outputs, 1, bias=False)
 
     def forward(self, x: Tensor, guide: Tensor) -> Tensor:
@@ -200,12 +208,12 @@ class ReleaseSpadeBlock(nn.Module):
 
 
 class ReleaseSpade(nn.Module):
-    """Scale and shift of a normalised map, from the guide."""
+    """Scale and shift of a normalised map, from the guide. conv: what its convolutions are made of."""
 
-    def __init__(self, channels: int, guide_channels: int, hidden: int):
+    def __init__(self, channels: int, guide_channels: int, hidden: int, conv: type[nn.Conv2d]):
         super().__init__()
-        self.mlp_shared = nn.Sequential(nn.ReflectionPad2d(1), nn.Conv2d(guide_channels, hidden, 3), nn.ReLU())
-        self.mlp_gamma, self.mlp_beta = nn.Conv2d(hidden, channels, 3), nn.Conv2d(hidden, channels, 3)
+        self.mlp_shared = nn.Sequential(nn.ReflectionPad2d(1), conv(guide_channels, hidden, 3), nn.ReLU())
+        self.mlp_gamma, self.mlp_beta = conv(hidden, channels, 3), conv(hidden, channels, 3)
 
     def forward(self, normed: Tensor, guide: Tensor) -> Tensor:
         """normed B,C,h,w; guide B,G,h,w. Returns B,C,h,w."""

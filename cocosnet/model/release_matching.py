@@ -303,7 +303,7 @@ def pixel_numbers(offsets: Tensor, size: torch.Size, rounded: bool) -> Tensor:
 def side_by_side(x: Tensor, *layers: nn.Conv2d) -> tuple[Tensor, ...]:
     """Several convolutions of one input as a single one, which reads it once. The same numbers."""
     weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
-    joined = F.conv2d(x, weight, bias, padding=layers[0].padding)
+    joined = layers[0]._conv_forward(x, weight, bias)
     return joined.split([layer.out_channels for layer in layers], dim=1)
 
 

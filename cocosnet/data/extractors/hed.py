@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cocosnet.errors import CheckpointError
+from cocosnet.model.convolution import Conv2d
 
 MEAN_BGR = (104.00699, 116.66877, 122.67892)  # subtracted from BGR values in 0..255 (Caffe's ImageNet mean)
 BORDER = 16  # px
@@ -26,7 +27,7 @@ STAGES = {"One": (3, 64, 2), "Two": (64, 128, 2), "Thr": (128, 256, 3), "Fou": (
 def _stage(inputs: int, outputs: int, convolutions: int, pool: bool) -> nn.Sequential:
     layers: list[nn.Module] = [nn.MaxPool2d(2, 2)] if pool else []
     for index in range(convolutions):
-        layers += [nn.Conv2d(inputs if index == 0 else outputs, outputs, 3, padding=1), nn.ReLU()]
+        layers += [Conv2d(inputs if index == 0 else outputs, outputs, 3, padding=1), nn.ReLU()]
     return nn.Sequential(*layers)
 
 
