@@ -621,12 +621,24 @@ def _descend(fx, fy, parents, coarse, shape, limits, blocks, desks, state):
 
 
 @njit
+def _fetch_field(fy, image, field, pixel, candidates, limits, step):
+    """Have f^y brought near where a pixel's matches lie, which is about to be read: random places would wait for it."""
+    for n in range(2 * pixel * candidates, 2 * (pixel + 1) * candidates, 2):
+        place = ((image * limits[0] + np.int64(field[n])) * limits[1] + np.int64(field[n + 1])) * step
+        for line in range(0, 2 * step, LANES):
+            lanes.fetch_ahead(fy, place + line)
+            lanes.fetch_ahead(fy, place + step * limits[1] + line)
+
+
+@njit
 def _evaluate_line(fx, fy, field, shape, limits, blocks, line, desk, clamped, scores):
     """A line of pixels of `_evaluate`."""
     _, height, width, candidates, _ = shape
     slots = -(-candidates // LANES) * LANES
     for j in range(width):
         pixel = line * width + j
+        if j + 1 < width:
+            _fetch_field(fy, line // height, field, pixel + 1, candidates, limits, LANES * len(blocks))
         _read(field, pixel, candidates, limits, desk, slots)
         _score((fx, pixel * LANES * len(blocks), fy, line // height), limits, desk, slots, candidates, blocks)
         for k in range(candidates):
