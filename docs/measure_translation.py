@@ -3,7 +3,8 @@
 
 `release` stands for networks of the authors' release's sizes in compatibility mode. Weights and pictures are random: no
 step's time depends on their values. Runs that compile and warm up come before and do not count. A line for each
-repeat on stdout: the whole, then what its stages took; the parts' sum is less than the whole by resizing and cropping.
+repeat on stdout: the whole, then what its stages took (the whole is more by resizing and cropping), and the processor's
+time that the system took.
 """
 
 from __future__ import annotations
@@ -50,11 +51,14 @@ def main() -> None:
     for _ in range(given.repeats):
         pair = inputs(config, device, height, width)
         watch.stages.clear()
-        begin = watch.now()
+        begin, system = watch.now(), resource.getrusage(resource.RUSAGE_SELF).ru_stime
         translate(model, config, *pair)
-        seconds = watch.now() - begin
+        seconds, system = watch.now() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_stime - system
         stages = ", ".join(f"{name} {took:.3f}" for name, took in watch.stages.items())
-        print(f"{given.name} {height}x{width}: {seconds:.3f} s ({stages}), {peak(device):.0f} MiB, {place(device)}")
+        print(
+            f"{given.name} {height}x{width}: {seconds:.3f} s ({stages}), {system:.1f} s of the system's, "
+            f"{peak(device):.0f} MiB, {place(device)}"
+        )
 
 
 def prepared_model(config: Config, device: torch.device) -> nn.Module:

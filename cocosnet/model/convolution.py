@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from types import ModuleType
-
 import torch
 from torch import Tensor, nn
+
+from cocosnet.model.quick import compiled_module, is_plain
 
 LANES = 16  # channels that the short cut works on at once
 LEAST_CHANNELS = 128  # inputs and outputs together; fewer leave too little to multiply for what the short cut adds
@@ -22,10 +21,12 @@ class Conv2d(nn.Conv2d):
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         plain = self.stride == self.dilation == (1, 1) and self.groups == 1 and self.padding_mode == "zeros"
-        short = _winograd() if plain and _fits(x, weight, self.padding) and _is_plain(x, weight) else None
-        if short is None:
-            return super()._conv_forward(x, weight, bias)
-        return short.convolve(x, weight, bias, self.padding[0])
+        # First whether a graph is traced: to ask for its sizes would fix them.
+        if plain and _is_plain(x, weight) and _fits(x, weight, self.padding):
+            short, _ = compiled_module("winograd")
+            if short is not None:
+                return short.convolve(x, weight, bias, self.padding[0])
+        return super()._conv_forward(x, weight, bias)
 
 
 def _fits(x: Tensor, weight: Tensor, padding: tuple[int, int]) -> bool:
@@ -44,21 +45,6 @@ def _fits(x: Tensor, weight: Tensor, padding: tuple[int, int]) -> bool:
 
 
 def _is_plain(x: Tensor, weight: Tensor) -> bool:
-    """Whether compiled code may work on them: float32 on a CPU, no gradient recorded, no graph traced."""
-    return (
-        x.device.type == weight.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-        and not torch.compiler.is_compiling()
-    )
-
-
-@functools.cache
-def _winograd() -> ModuleType | None:
-    """The short cut's module, or None where numba does not load; matching says so."""
-    try:
-        from cocosnet.model import winograd
-    except (ImportError, RuntimeError, ValueError):  # absent, too old for this NumPy, or ill set up
-        return None
-    return winograd
+    """Whether compiled code may work on them, in float32 and not in what autocast would make of them."""
+    single = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return single and is_plain(x, weight)

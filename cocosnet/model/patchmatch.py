@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cocosnet.errors import MissingDependency
 from cocosnet.model.matches import Matches
+from cocosnet.model.quick import compiled_module
 from cocosnet.model.warp import clamp_positions, is_open, of_axes, pixel_grid, sample, scattered_positions, soft_warp
 
 logger = logging.getLogger(__name__)
@@ -194,10 +195,9 @@ def select_engine(backend: str, features: Tensor, candidates: int = 1) -> Engine
 @functools.cache
 def _compiled() -> Engine | None:
     """The compiled engine, or None where it cannot be loaded, which is said once: the reference is much slower."""
-    try:
-        from cocosnet.model import compiled
-    except (ImportError, RuntimeError, ValueError) as error:  # absent, too old for this NumPy, or ill set up
-        logger.warning("matching runs on its slow reference engine, since numba does not load (%s)", error)
+    compiled, reason = compiled_module("compiled")
+    if compiled is None:
+        logger.warning("matching runs on its slow reference engine, since numba does not load (%s)", reason)
         return None
     names = ("propagate", "evaluate", "descend", "best_first", "soft_warp")
     return Engine("compiled", *(getattr(compiled, name) for name in names))

@@ -13,9 +13,7 @@ Shapes: B batch, C channels, K candidates, h w the condition's map, H W the exem
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +24,7 @@ from cocosnet.model.hierarchy import Level
 from cocosnet.model.layers import in_bands
 from cocosnet.model.matches import Matches
 from cocosnet.model.patchmatch import best_first, drop_duplicates
+from cocosnet.model.quick import compiled_module, is_plain
 from cocosnet.model.warp import downsample, is_open, pixel_grid
 
 WINDOW = (-2.0, 0.0, 2.0, 4.0)  # px, rows and columns around twice the coarser level's match
@@ -243,7 +242,7 @@ def to_offsets(indices: Tensor, order: Tensor, size: torch.Size, columns: int) -
 
     size: h,w of the condition's map; columns: those of the exemplar's.
     """
-    compiled = _compiled() if is_plain(indices) else None
+    compiled = compiled_module("release_compiled")[0] if is_plain(indices) else None
     return (reference_offsets if compiled is None else compiled.to_offsets)(indices, order, size, columns)
 
 
@@ -261,23 +260,9 @@ def score(offsets: Tensor, axis: int | None, x: Tensor, y: Tensor, rounded: bool
 
     Compiled on a CPU where numba loads, and never while a gradient is recorded or the graph is traced.
     """
-    compiled = _compiled() if is_plain(offsets, x, y) and x.dtype == torch.float32 else None
+    plain = is_plain(offsets, x, y) and x.dtype == torch.float32
+    compiled = compiled_module("release_compiled")[0] if plain else None
     return (reference_score if compiled is None else compiled.score)(offsets, axis, x, y, rounded)
-
-
-def is_plain(*tensors: Tensor) -> bool:
-    """Whether compiled code may work on these: on a CPU, no gradient recorded, no graph traced."""
-    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return tensors[0].device.type == "cpu" and not recorded and not torch.compiler.is_compiling()
-
-
-@functools.cache
-def _compiled() -> ModuleType | None:
-    try:
-        from cocosnet.model import release_compiled
-    except (ImportError, RuntimeError, ValueError):  # absent, too old for this NumPy, or ill set up
-        return None
-    return release_compiled
 
 
 def reference_score(

@@ -5,10 +5,10 @@ Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2015): a ti
     Y = A^T [ sum over channels of (G g G^T) * (B^T d B) ] A
 
 with the products element by element, so that each of the 36 places is a matrix product over the channels. B, G and A
-come from five points and infinity; +-sqrt(1/2) and +-sqrt(2) beside 0 round half as much as the usual +-1 and +-2 do
-to a seventh, which leaves the result about as exact as that of a direct convolution.
+come from five points and infinity: +-sqrt(1/2) and +-sqrt(2) beside 0, which round far less than the usual +-1 and +-2,
+and hardly more than a direct convolution does (docs/measure_convolution.py).
 
-Tiles are worked on some at a time, so that what lies between the three steps stays in a processor's cache.
+Tiles are worked on `TILES` at a time, so that what lies between the three steps stays in a processor's cache.
 Maps are channels-last, channels a multiple of `lanes.LANES`.
 """
 

@@ -1,0 +1,25 @@
+"""The door to what numba compiles for CPUs: when it may be taken, and what there is where numba is not."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether compiled code may work on these: on a CPU, no gradient recorded, no graph traced."""
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return all(x.device.type == "cpu" for x in tensors) and not recorded and not torch.compiler.is_compiling()
+
+
+@functools.cache
+def compiled_module(name: str) -> tuple[ModuleType | None, str]:
+    """`cocosnet.model.NAME`, which numba compiles; or None, and why it does not load."""
+    try:
+        return importlib.import_module(f"cocosnet.model.{name}"), ""
+    except (ImportError, RuntimeError, ValueError) as error:  # absent, too old for this NumPy, or ill set up
+        return None, str(error)
