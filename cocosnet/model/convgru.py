@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cocosnet.config import MatchingConfig
+from cocosnet.model.convolution import Conv2d
 from cocosnet.model.layers import in_bands, join_channels
 from cocosnet.model.matches import Matches
 from cocosnet.model.warp import of_axes, pixel_grid, sample
@@ -25,8 +26,8 @@ class ConvGRU(nn.Module):
 
     def __init__(self, inputs: int, hidden: int):
         super().__init__()
-        self.gates = nn.Conv2d(hidden + inputs, 2 * hidden, 3, padding=1)
-        self.proposal = nn.Conv2d(hidden + inputs, hidden, 3, padding=1)
+        self.gates = Conv2d(hidden + inputs, 2 * hidden, 3, padding=1)
+        self.proposal = Conv2d(hidden + inputs, hidden, 3, padding=1)
 
     def forward(self, state: Tensor, x: Tensor) -> Tensor:
         """One step: z, r, the proposal, and their blend. Returns the new state."""
@@ -46,9 +47,9 @@ class MatchEncoder(nn.Module):
         super().__init__()
         hidden = config.hidden
         self.motion_of = relative_motion if config.inputs == "relative" else absolute_motion
-        self.appearance = nn.Conv2d(2 * config.channels, hidden, 1)
-        self.motion = nn.Conv2d(3 * config.candidates, hidden, 3, padding=1)
-        self.join = nn.Conv2d(2 * hidden, hidden, 3, padding=1)
+        self.appearance = Conv2d(2 * config.channels, hidden, 1)
+        self.motion = Conv2d(3 * config.candidates, hidden, 3, padding=1)
+        self.join = Conv2d(2 * hidden, hidden, 3, padding=1)
 
     def forward(self, grid: Tensor, matches: Matches, features_x: Tensor, features_y: Tensor) -> Tensor:
         """Matches of K candidates, features B,C,h,w and B,C,H,W. Returns B,hidden,h,w.
@@ -96,9 +97,9 @@ class Refinement(nn.Module):
         self.encode = MatchEncoder(config)
         self.memory = ConvGRU(config.hidden, config.hidden) if config.refinement == "gru" else Memoryless(config.hidden)
         self.head = nn.Sequential(
-            nn.Conv2d(config.hidden, config.hidden, 3, padding=1),
+            Conv2d(config.hidden, config.hidden, 3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(config.hidden, 2 * config.candidates, 3, padding=1),
+            Conv2d(config.hidden, 2 * config.candidates, 3, padding=1),
         )
         with torch.no_grad():
             self.head[-1].weight.mul_(HEAD_GAIN)
@@ -142,7 +143,7 @@ class Memoryless(nn.Module):
 
     def __init__(self, hidden: int):
         super().__init__()
-        self.conv = nn.Conv2d(hidden, hidden, 3, padding=1)
+        self.conv = Conv2d(hidden, hidden, 3, padding=1)
 
     def forward(self, state: Tensor, x: Tensor) -> Tensor:
         """Ignores the state. B,hidden,h,w -> B,hidden,h,w."""

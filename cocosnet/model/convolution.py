@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from cocosnet.model.quick import compiled_module, is_plain
 
 LANES = 16  # channels that the short cut works on at once
-LEAST_CHANNELS = 128  # inputs and outputs together; fewer leave too little to multiply for what the short cut adds
-LEAST_PRODUCTS = 2**25  # of pixels, inputs and outputs; below that either way takes some milliseconds
+LEAST_PRODUCTS = 2**24  # of pixels, inputs and outputs; below that either way takes some milliseconds
 
 
 class Conv2d(nn.Conv2d):
@@ -36,7 +35,6 @@ def _fits(x: Tensor, weight: Tensor, padding: tuple[int, int]) -> bool:
         kernel == [3, 3]
         and padding in ((0, 0), (1, 1))
         and inputs % LANES == outputs % LANES == 0
-        and inputs + outputs >= LEAST_CHANNELS
         and x.dim() == 4
         and x.shape[1] == inputs
         and min(x.shape[2:]) >= 3

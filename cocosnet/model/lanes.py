@@ -130,6 +130,17 @@ smallest = _elementwise(lambda builder, a, b: builder.select(builder.fcmp_ordere
 
 
 @intrinsic
+def add_product(_typing, total, a, b):
+    """total + a * b, rounded once where the processor can."""
+
+    def generate(_context, builder, _signature, values):
+        product = builder.fmul(values[1], values[2], flags=("contract",))
+        return builder.fadd(values[0], product, flags=("contract",))
+
+    return total(total, a, b), generate
+
+
+@intrinsic
 def number_pixels(_typing, ys, xs, columns):
     """Row * columns + column of rounded, whole positions: INTS of two FLOATS and an int32."""
 

@@ -22,11 +22,12 @@ from numba import njit, prange
 from torch import Tensor
 
 from cocosnet.model.jit import torch_threads
-from cocosnet.model.lanes import LANES, add, advanced, load, multiply, pointer, splat, store, subtract
+from cocosnet.model.lanes import LANES, add, add_product, advanced, load, multiply, pointer, splat, store, subtract
 
 OUT, IN = 4, 6  # sides of a tile's results and of what they read
 PLACES = IN * IN
-TILES = 128  # at once: more do not stay in the cache, fewer make slow matrix products
+GROUP = 6  # tiles whose products are made at once
+TILES = 4 * GROUP  # that a thread works on at once: what lies between the steps stays in its cache
 NEAR, FAR = math.sqrt(0.5), math.sqrt(2.0)  # the points besides 0 and infinity, with both signs
 HALF, TWO, SUM = np.float32(0.5), np.float32(2.0), np.float32(2.5)  # their squares, and the sum of both
 ROOT, ROOT_2 = np.float32(NEAR), np.float32(FAR)
@@ -49,23 +50,19 @@ def convolve(x_BCHW: Tensor, weight_KC33: Tensor, bias_K: Tensor | None, padding
 
 
 def _convolve(image_HWC: Tensor, kernels: Tensor, bias_K: Tensor, padding: int, result_HWK: Tensor) -> None:
-    """One picture's. The last tiles are some of those before them again where there would be fewer."""
-    height, width, outputs = result_HWK.shape
-    tiles = -(-height // OUT) * -(-width // OUT)
-    step = min(tiles, TILES)
-    before, after = torch.empty(PLACES, step, image_HWC.shape[2]), torch.empty(PLACES, step, outputs)
-    for start in range(0, tiles, step):
-        first = min(start, tiles - step)
-        _read(image_HWC.numpy(), padding, width, first, before.numpy())
-        torch.bmm(before, kernels, out=after)
-        _write(after.numpy(), bias_K.numpy(), first, result_HWK.numpy())
+    """One picture's, each thread with tiles of its own from the first step to the last."""
+    workers = torch.get_num_threads()
+    before = np.empty((workers, PLACES, TILES, image_HWC.shape[2]), np.float32)
+    after = np.empty((workers, PLACES, TILES, result_HWK.shape[2]), np.float32)
+    _work(image_HWC.numpy(), kernels.numpy(), bias_K.numpy(), padding, before, after, result_HWK.numpy())
 
 
 def _kernels(weight_KC33: Tensor) -> Tensor:
-    """G g G^T of every pair of channels: PLACES,C,K (a view)."""
+    """G g G^T of every pair of channels, as `_multiply` reads them: PLACES,K/LANES,C,LANES."""
     outputs, inputs = weight_KC33.shape[:2]
     both = torch.einsum("ia,jb->ijab", _G, _G).reshape(PLACES, 9).to(weight_KC33.dtype)
-    return (both @ weight_KC33.reshape(outputs * inputs, 9).T).view(PLACES, outputs, inputs).transpose(1, 2)
+    blocks = weight_KC33.reshape(outputs // LANES, LANES, inputs, 9).transpose(1, 2).reshape(-1, 9)
+    return (both @ blocks.T).view(PLACES, outputs // LANES, inputs, LANES)
 
 
 def _g() -> Tensor:
@@ -78,44 +75,81 @@ _G = _g()
 
 
 @njit(parallel=True, cache=True, boundscheck=False)
-def _read(image, padding, columns, first, before):
-    """B^T d B of the tiles from number `first` on: image H,W,C, `columns` those of the result; before PLACES,n,C."""
-    _, count, channels = before.shape
-    limits, across = image.shape, -(-columns // OUT)
-    for n in prange(count):
+def _work(image, kernels, bias, padding, before, after, result):
+    """image H,W,C; kernels of `_kernels`; before W,PLACES,TILES,C and after W,PLACES,TILES,K: room for W workers."""
+    workers, channels, outputs = before.shape[0], image.shape[2], result.shape[2]
+    tiles = -(-result.shape[0] // OUT) * -(-result.shape[1] // OUT)
+    for worker in prange(workers):
+        mine = advanced(pointer(before), worker * PLACES * TILES * channels)
+        made = advanced(pointer(after), worker * PLACES * TILES * outputs)
         desk = np.empty(PLACES * LANES, np.float32)
-        top, left = OUT * ((first + n) // across) - padding, OUT * ((first + n) % across) - padding
-        for channel in range(0, channels, LANES):
-            source = advanced(pointer(image), channel)
-            for j in range(IN):
-                _put(pointer(desk), j * LANES, IN * LANES, _read_lines(_column(source, top, left + j, limits)))
-            target = advanced(pointer(before), n * channels + channel)
-            for i in range(IN):
-                row = _read_lines(_get(pointer(desk), i * IN * LANES, LANES))
-                _put(target, i * IN * count * channels, count * channels, row)
+        for first in range(worker * TILES, tiles, workers * TILES):
+            count = min(TILES, tiles - first)
+            for n in range(count):
+                _read(pointer(image), image.shape, result.shape, padding, first + n, pointer(desk), n, mine)
+            _multiply(mine, pointer(kernels), made, count, channels, outputs)
+            for n in range(count):
+                _write(made, pointer(bias), result.shape, first + n, pointer(desk), n, pointer(result))
         desk[0] = 0  # a buffer is freed after its last use, which pointers do not count as
 
 
-@njit(parallel=True, cache=True, boundscheck=False)
-def _write(after, bias, first, result):
-    """A^T m A and the bias: after PLACES,n,K; result H,W,K, of which the tiles from number `first` on are written."""
-    _, count, channels = after.shape
-    height, width, _ = result.shape
+@njit(boundscheck=False)
+def _read(image, limits, size, padding, tile, desk, n, before):
+    """B^T d B of one tile, into its place n of the worker's room."""
+    across, channels = -(-size[1] // OUT), limits[2]
+    top, left = OUT * (tile // across) - padding, OUT * (tile % across) - padding
+    for channel in range(0, channels, LANES):
+        source, target = advanced(image, channel), advanced(before, n * channels + channel)
+        for j in range(IN):
+            _put(desk, j * LANES, IN * LANES, _read_lines(_column(source, top, left + j, limits)))
+        for i in range(IN):
+            row = _read_lines(_get(desk, i * IN * LANES, LANES))
+            _put(target, i * IN * TILES * channels, TILES * channels, row)
+
+
+@njit(boundscheck=False)
+def _multiply(before, kernels, after, count, channels, outputs):
+    """The products over the channels of each place: `GROUP` tiles and LANES outputs at once, which fill the registers.
+
+    Tiles beyond `count` are multiplied as they lie there, and not written.
+    """
+    for place in range(PLACES):
+        for output in range(0, outputs, LANES):
+            kernel = advanced(kernels, (place * outputs + output) * channels)
+            for tile in range(place * TILES, place * TILES + count, GROUP):
+                sums = _products(advanced(before, tile * channels), kernel, channels)
+                _put(after, tile * outputs + output, outputs, sums)
+
+
+@njit(inline="always")
+def _products(rows, kernel, channels):
+    """Of six rows of C numbers with C vectors: six vectors."""
+    zero = splat(np.float32(0))
+    a, b, c, d, e, f = zero, zero, zero, zero, zero, zero
+    for n in range(channels):
+        vector = load(kernel, n * LANES)
+        a = add_product(a, splat(rows[n]), vector)
+        b = add_product(b, splat(rows[n + channels]), vector)
+        c = add_product(c, splat(rows[n + 2 * channels]), vector)
+        d = add_product(d, splat(rows[n + 3 * channels]), vector)
+        e = add_product(e, splat(rows[n + 4 * channels]), vector)
+        f = add_product(f, splat(rows[n + 5 * channels]), vector)
+    return a, b, c, d, e, f
+
+
+@njit(boundscheck=False)
+def _write(after, bias, size, tile, desk, n, result):
+    """A^T m A and the bias of one tile, whose place in the worker's room is n."""
+    height, width, channels = size
     across = -(-width // OUT)
-    for n in prange(count):
-        desk = np.empty(OUT * IN * LANES, np.float32)
-        top, left = OUT * ((first + n) // across), OUT * ((first + n) % across)
-        for channel in range(0, channels, LANES):
-            source, step = advanced(pointer(after), n * channels + channel), count * channels
-            for j in range(IN):
-                column = _write_lines(_get(source, j * step, IN * step))
-                _put_some(pointer(desk), j * LANES, IN * LANES, column, OUT)
-            offset = load(pointer(bias), channel)
-            for i in range(min(OUT, height - top)):
-                row = _write_lines(_get(pointer(desk), i * IN * LANES, LANES))
-                place = ((top + i) * width + left) * channels + channel
-                _put_some(pointer(result), place, channels, _raised(row, offset), width - left)
-        desk[0] = 0
+    top, left, step = OUT * (tile // across), OUT * (tile % across), TILES * channels
+    for channel in range(0, channels, LANES):
+        source, offset = advanced(after, n * channels + channel), load(bias, channel)
+        for j in range(IN):
+            _put_some(desk, j * LANES, IN * LANES, _write_lines(_get(source, j * step, IN * step)), OUT)
+        for i in range(min(OUT, height - top)):
+            row = _raised(_write_lines(_get(desk, i * IN * LANES, LANES)), offset)
+            _put_some(result, ((top + i) * width + left) * channels + channel, channels, row, width - left)
 
 
 @njit(inline="always")
