@@ -62,6 +62,18 @@ def test_it_rounds_at_most_three_times_as_much_as_the_direct_one(inputs, outputs
     assert short[0] < 3 * direct[0] and short[1] < 3 * direct[1]
 
 
+def test_the_number_of_threads_changes_no_bit():
+    x, weight, bias = make(2, 48, 80, 37, 50)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(winograd.convolve(x, weight, bias, 1))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
+
+
 def big():
     """A layer and a picture for which the short way is taken."""
     torch.manual_seed(0)
