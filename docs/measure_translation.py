@@ -1,10 +1,10 @@
 """Seconds and peak memory of whole translations, on a CPU or a GPU:
 `python docs/measure_translation.py PRESET|release [HEIGHT WIDTH] [--device cuda] [--repeats 5]`.
 
-`release` stands for networks of the authors' release's sizes in compatibility mode. Weights and pictures are random: no
-step's time depends on their values. Runs that compile and warm up come before and do not count. A line for each
-repeat on stdout: the whole, then what its stages took (the whole is more by resizing and cropping), and the processor's
-time that the system took.
+`release` stands for networks of the authors' release's sizes in compatibility mode. Weights and pictures are random. So
+matches lie at random, which takes longer than those of a trained model. Runs that compile and warm up come before and
+do not count. A line for each repeat on stdout: the whole, then what its stages took (the whole is more by resizing and
+cropping), and the processor's time that the system took.
 """
 
 from __future__ import annotations

@@ -97,6 +97,18 @@ def test_compiled_scores_are_the_definition_to_the_last_bit(channels, axis, roun
     assert torch.equal(release_compiled.to_offsets(defined[0], order, x.shape[-2:], 32), plain)
 
 
+@pytest.mark.parametrize("offset", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_an_offset_that_points_nowhere_stays_inside_the_map(offset):
+    pytest.importorskip("numba")
+    from cocosnet.model import release_compiled
+
+    x, offsets = torch.randn(1, 32, 8, 8), torch.zeros(1, 8, 8, 8)
+    offsets[0, 0, 3, 3] = offsets[0, 4, 5, 5] = offset
+    found, defined = (f(offsets, -1, x, x) for f in (release_compiled.score, release_matching.reference_score))
+    assert all(torch.equal(a, b) for a, b in zip(found, defined))
+    assert found[0].min() >= 0 and found[0].max() < 64
+
+
 def test_a_frozen_models_scores_are_compiled_also_where_gradients_are_on(monkeypatch):
     """A model is frozen when it is loaded; who calls it should not have to know of `torch.inference_mode`."""
     pytest.importorskip("numba")

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from cocosnet.model import lanes, patchmatch, warp
 from cocosnet.model.jit import torch_threads
-from cocosnet.model.lanes import LANES
+from cocosnet.model.lanes import LANES, LINE
 from cocosnet.model.matches import Matches
 from cocosnet.model.warp import clamp_positions
 
@@ -581,7 +581,7 @@ def _fetch_guesses(fy, image, number, count, limits, step):
     """Have f^y brought near where `_guesses` will look: the places are far apart, so reading them would wait."""
     for n in range(number, number + count):
         place = ((image * limits[0] + _guess(n, 0, limits)) * limits[1] + _guess(n, 1, limits)) * step
-        for line in range(0, step, LANES):
+        for line in range(0, step, LINE):
             lanes.fetch_ahead(fy, place + line)
 
 
@@ -625,7 +625,7 @@ def _fetch_field(fy, image, field, pixel, candidates, limits, step):
     """Have f^y brought near where a pixel's matches lie, which is about to be read: random places would wait for it."""
     for n in range(2 * pixel * candidates, 2 * (pixel + 1) * candidates, 2):
         place = ((image * limits[0] + np.int64(field[n])) * limits[1] + np.int64(field[n + 1])) * step
-        for line in range(0, 2 * step, LANES):
+        for line in range(0, 2 * step, LINE):
             lanes.fetch_ahead(fy, place + line)
             lanes.fetch_ahead(fy, place + step * limits[1] + line)
 

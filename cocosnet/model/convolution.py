@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cocosnet.model.quick import compiled_module, is_plain
+from cocosnet.model.quick import LANES, compiled_module, is_plain
 
-LANES = 16  # channels that the short cut works on at once
 LEAST_PRODUCTS = 2**24  # of pixels, inputs and outputs; below that either way takes some milliseconds
 
 

@@ -15,7 +15,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-LANES = 16
+from cocosnet.model.quick import LANES
+
+LINE = 16  # float32 numbers that come into a processor's cache together
 _WORD = {types.float32: ir.FloatType(), types.int32: ir.IntType(32)}
 _LOOSE = ("contract", "reassoc", "nsz")  # sums may be reordered; NaN and infinity keep their meaning
 

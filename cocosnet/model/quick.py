@@ -9,6 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+LANES = 16  # numbers that compiled code works on at once, see `lanes.py`
+
 
 def is_plain(*tensors: Tensor) -> bool:
     """Whether compiled code may work on these: on a CPU, no gradient recorded, no graph traced."""

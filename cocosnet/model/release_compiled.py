@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from cocosnet.model.jit import torch_threads
-from cocosnet.model.lanes import advanced, fetch_ahead, pointer
+from cocosnet.model.lanes import LINE, advanced, fetch_ahead, pointer
 
 BLOCK = 16  # numbers that PyTorch adds one after the other before it joins partial sums, when it sums over channels
-
-LINE = 16  # numbers that come into a processor's cache together
 
 
 @torch_threads()
@@ -20,7 +18,7 @@ def score(offsets: Tensor, axis: int | None, x: Tensor, y: Tensor, rounded: bool
     """`release_matching.score`, float32 on the CPU: the same arguments, and the same numbers to the last bit."""
     batch, both, height, width = offsets.shape
     count = both // 2 if axis is None else 3 * both // 2
-    indices = torch.empty(batch, height * width, count, dtype=torch.int64)
+    indices = torch.empty(batch, height * width, count, dtype=torch.int32)
     scores = torch.empty(batch, height * width, count)
     step = {None: (0, 0), -2: (1, 0), -1: (0, 1)}[axis]
     for b in range(batch):
@@ -101,9 +99,10 @@ def _point(place, lines, shape, step, reach, size, rounded, numbers):
 
 @numba.njit(boundscheck=False)
 def _fetch(pixels, numbers, count, channels):
+    """Have the pixels of these numbers brought near."""
     for k in range(count):
         for line in range(0, channels, LINE):
-            fetch_ahead(pixels, numbers[k] * channels + line)
+            fetch_ahead(pixels, np.int64(numbers[k]) * channels + line)
 
 
 @numba.njit(boundscheck=False)
@@ -117,7 +116,7 @@ def _distinct_dots(query, pixels, channels, numbers, out, count, candidates, scr
             if earlier >= 0 and numbers[earlier] == numbers[k]:
                 slot = slots[earlier]
         if slot < 0:
-            distinct[number], slot = numbers[k] * channels, number
+            distinct[number], slot = np.int64(numbers[k]) * channels, number
             number += 1
         slots[k] = slot
     _dots(query, pixels, channels, distinct, found, number)
@@ -141,12 +140,12 @@ def _to_offsets(indices, order, columns, offsets):
 
 @numba.njit(inline="always")
 def _number(row, column, size, rounded):
-    """`row * W + column`, in floats and then cut, of a place moved into the map."""
-    row = min(max(row, np.float32(0)), np.float32(size[0] - 1))
-    column = min(max(column, np.float32(0)), np.float32(size[1] - 1))
+    """`row * W + column`, in floats and then cut, of a place moved into the map; what is not a number becomes 0."""
+    row = min(row if row > 0 else np.float32(0), np.float32(size[0] - 1))
+    column = min(column if column > 0 else np.float32(0), np.float32(size[1] - 1))
     if rounded:
         row, column = np.rint(row), np.rint(column)
-    return np.int64(np.float32(np.float32(row * np.float32(size[1])) + column))
+    return np.int32(np.float32(np.float32(row * np.float32(size[1])) + column))
 
 
 @numba.njit(boundscheck=False)

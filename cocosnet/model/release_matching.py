@@ -116,6 +116,7 @@ class ReleasePatchMatch(nn.Module):
     ) -> Level:
         """offsets B,2K,h,w; x B,C,h,w and y B,C,H,W unit vectors; exemplar B,3,H,W. One order of axes an iteration."""
         state = self.initial_layer(torch.cat([x, _as_large(y, x)], dim=1))
+        x, y = (f.contiguous(memory_format=torch.channels_last) for f in (x, y))  # once, as every search reads them
         for order in axes:
             for axis in order:
                 offsets, weights = self.keep_best(offsets, axis, x, y)
@@ -134,7 +135,8 @@ class ReleasePatchMatch(nn.Module):
         if self.fixed:
             distinct = drop_duplicates(places(indices, size, y.shape[-1]), _as_maps(scores, size))
             scores = distinct.flatten(2).transpose(1, 2)
-        weights, order = torch.softmax(scores / self.temperature, dim=-1).topk(offsets.shape[1] // 2, dim=-1)
+        scores = torch.softmax(scores.div_(self.temperature), dim=-1)  # in place: there are three times K of them
+        weights, order = scores.topk(offsets.shape[1] // 2, dim=-1)
         return to_offsets(indices, order, size, y.shape[-1]), _as_maps(weights, size)
 
 
@@ -253,7 +255,7 @@ def reference_offsets(indices: Tensor, order: Tensor, size: torch.Size, columns:
 
 
 def score(offsets: Tensor, axis: int | None, x: Tensor, y: Tensor, rounded: bool = False) -> tuple[Tensor, Tensor]:
-    """Numbers of the pixels that candidates point to, and their dot products, B,hw,N int64 and float32.
+    """Numbers of the pixels that candidates point to, and their dot products, B,hw,N int32 and float32.
 
     offsets B,2K,h,w; x B,C,h,w and y B,C,H,W. Along an `axis` the candidates of both neighbours join: N = 3K, else K.
     rounded: rows and columns are rounded apart, instead of the number being cut.
@@ -277,12 +279,13 @@ def reference_score(
 
 
 def pixel_numbers(offsets: Tensor, size: torch.Size, rounded: bool) -> Tensor:
-    """Offsets B,2N,h,w to the numbers `row * W + column` of pixels in a map of `size`, B,hw,N int64."""
+    """Offsets B,2N,h,w to the numbers `row * W + column` of pixels in a map of `size`, B,hw,N int32. NaN is 0."""
     place = offsets.unflatten(1, (2, -1)) + pixel_grid(*offsets.shape[-2:], offsets.device).unsqueeze(1)
+    place = place.nan_to_num(0.0)
     rows, columns = place[:, 0].clamp(0, size[0] - 1), place[:, 1].clamp(0, size[1] - 1)
     if rounded:
         rows, columns = rows.round(), columns.round()
-    return (rows * size[1] + columns).long().flatten(2).transpose(1, 2)
+    return (rows * size[1] + columns).int().flatten(2).transpose(1, 2)
 
 
 def side_by_side(x: Tensor, *layers: nn.Conv2d) -> tuple[Tensor, ...]:
@@ -294,7 +297,7 @@ def side_by_side(x: Tensor, *layers: nn.Conv2d) -> tuple[Tensor, ...]:
 
 def _gather(values: Tensor, indices: Tensor) -> Tensor:
     """values B,C,H,W at numbers of pixels B,P,N: B,C,P,N."""
-    flat = indices.flatten(1).unsqueeze(1).expand(-1, values.shape[1], -1)
+    flat = indices.flatten(1).long().unsqueeze(1).expand(-1, values.shape[1], -1)
     return values.flatten(2).gather(2, flat).unflatten(2, indices.shape[1:])
 
 

@@ -60,23 +60,28 @@ def _convolve(image_HWC: Tensor, kernels: Tensor, bias_K: Tensor, padding: int, 
 def _kernels(weight_KC33: Tensor) -> Tensor:
     """G g G^T of every pair of channels, as `_multiply` reads them: PLACES,K/LANES,C,LANES."""
     outputs, inputs = weight_KC33.shape[:2]
-    both = torch.einsum("ia,jb->ijab", _G, _G).reshape(PLACES, 9).to(weight_KC33.dtype)
     blocks = weight_KC33.reshape(outputs // LANES, LANES, inputs, 9).transpose(1, 2).reshape(-1, 9)
-    return (both @ blocks.T).view(PLACES, outputs // LANES, inputs, LANES)
+    return (_BOTH @ blocks.T).view(PLACES, outputs // LANES, inputs, LANES)
 
 
-def _g() -> Tensor:
+def _both() -> Tensor:
+    """What makes the PLACES numbers of G g G^T of the nine of g."""
     points = (0.0, NEAR, -NEAR, FAR, -FAR)
     rows = [[p**k / math.prod(p - other for other in points if other != p) for k in range(3)] for p in points]
-    return torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64)
+    g = torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64)
+    return torch.einsum("ia,jb->ijab", g, g).reshape(PLACES, 9).float()
 
 
-_G = _g()
+_BOTH = _both()
 
 
 @njit(parallel=True, cache=True, boundscheck=False)
 def _work(image, kernels, bias, padding, before, after, result):
-    """image H,W,C; kernels of `_kernels`; before W,PLACES,TILES,C and after W,PLACES,TILES,K: room for W workers."""
+    """All of a picture's tiles.
+
+    image H,W,C; kernels of `_kernels`; bias K; before N,PLACES,TILES,C and after N,PLACES,TILES,K: room for N workers;
+    result H',W',K.
+    """
     workers, channels, outputs = before.shape[0], image.shape[2], result.shape[2]
     tiles = -(-result.shape[0] // OUT) * -(-result.shape[1] // OUT)
     for worker in prange(workers):
@@ -95,7 +100,7 @@ def _work(image, kernels, bias, padding, before, after, result):
 
 @njit(boundscheck=False)
 def _read(image, limits, size, padding, tile, desk, n, before):
-    """B^T d B of one tile, into its place n of the worker's room."""
+    """B^T d B of one tile, into its place n of the worker's room. limits: H,W,C; size: H',W',K."""
     across, channels = -(-size[1] // OUT), limits[2]
     top, left = OUT * (tile // across) - padding, OUT * (tile % across) - padding
     for channel in range(0, channels, LANES):
@@ -139,7 +144,7 @@ def _products(rows, kernel, channels):
 
 @njit(boundscheck=False)
 def _write(after, bias, size, tile, desk, n, result):
-    """A^T m A and the bias of one tile, whose place in the worker's room is n."""
+    """A^T m A and the bias of one tile, whose place in the worker's room is n. size: H',W',K."""
     height, width, channels = size
     across = -(-width // OUT)
     top, left, step = OUT * (tile // across), OUT * (tile % across), TILES * channels
@@ -180,7 +185,7 @@ def _raised(four, offset):
 
 @njit(inline="always")
 def _column(source, top, column, limits):
-    """Six pixels one below the other, zeros where there are none."""
+    """LANES channels of six pixels one below the other, zeros where there are none. limits: H,W,C."""
     if 0 <= column < limits[1] and top >= 0 and top + IN <= limits[0]:
         return _get(source, (top * limits[1] + column) * limits[2], limits[1] * limits[2])
     return (
