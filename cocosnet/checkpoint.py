@@ -48,13 +48,23 @@ def load_model(weights: str | Path, device: str = "auto") -> Model:
 
 
 def load_tensors(model: Model, path: Path) -> None:
-    """Fill a model from a checkpoint, whose every tensor must fit. Raises CheckpointError listing what does not."""
-    fill_model(model, read_checkpoint(path)[1], path)
+    """Fill a model of any config from a checkpoint, whose every tensor must fit; its own config does not count.
+
+    Raises CheckpointError listing what does not fit.
+    """
+    _fill(model, read_checkpoint(path)[1], path, "the config at hand")
 
 
 def fill_model(model: Model, tensors: dict[str, Tensor], path: Path) -> None:
-    """As `load_tensors`, with the tensors that were read from `path`."""
-    _check_fit(path, model.state_dict(), tensors)
+    """Fill a model of the config that `path` holds with the tensors that were read from it, as `load_tensors` does."""
+    _fill(model, tensors, path, "its config")
+
+
+def _fill(model: Model, tensors: dict[str, Tensor], path: Path, config: str) -> None:
+    faults = fit_faults(model.state_dict(), tensors)
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise CheckpointError(f"{path}: does not fit {config}: {'; '.join(faults[:3])}{more}")
     model.load_state_dict(tensors)
 
 
@@ -172,11 +182,3 @@ def fit_faults(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]
         for name in wanted
         if name in found and found[name].shape != wanted[name].shape
     ]
-
-
-def _check_fit(path: Path, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Refuse a checkpoint that does not fit, with what is wrong."""
-    faults = fit_faults(wanted, found)
-    if faults:
-        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise CheckpointError(f"{path}: does not fit its config: {'; '.join(faults[:3])}{more}")

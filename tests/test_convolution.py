@@ -86,16 +86,96 @@ def direct(layer, x):
     return nn.Conv2d._conv_forward(layer, x, layer.weight, layer.bias)
 
 
-def test_a_large_map_takes_the_short_way_and_gradients_the_direct_one():
+def test_a_large_map_takes_the_short_way():
     layer, x = big()
     with torch.no_grad():
         assert torch.equal(layer(x), winograd.convolve(x, layer.weight, layer.bias, 1))
-    recorded = layer(x)
-    assert recorded.requires_grad and torch.equal(recorded, direct(layer, x))
-    recorded.sum().backward()
-    assert layer.weight.grad is not None
-    frozen = layer.requires_grad_(False)
-    assert torch.equal(frozen(x), winograd.convolve(x, layer.weight, layer.bias, 1))
+    assert torch.equal(layer(x), winograd.convolve(x, layer.weight, layer.bias, 1))
+    assert not torch.equal(layer(x), direct(layer, x))  # else the tests below compare nothing
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(3, 21), st.integers(3, 21)),
+    padding=st.sampled_from([0, 1]),
+    last=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_any_kernel_has_the_gradient_of_the_direct_way(shape, padding, last, seed):
+    batch, inputs, outputs, height, width = shape
+    x, weight, _ = make(batch, 16 * inputs, 16 * outputs, height, width, seed)
+    truth = weight.double().requires_grad_()
+    result = F.conv2d(x.double(), truth, padding=padding)
+    gradient = torch.randn(result.shape, generator=torch.Generator().manual_seed(seed)) / result[0, 0].numel() ** 0.5
+    result.backward(gradient.double())
+    layout = torch.channels_last if last else torch.contiguous_format
+    found = winograd.weight_gradient(x, gradient.contiguous(memory_format=layout), padding)
+    torch.testing.assert_close(found.double(), truth.grad, atol=3e-5, rtol=1e-5)
+
+
+def test_many_pictures_are_laid_out_in_parts(monkeypatch):
+    x, _, _ = make(5, 16, 32, 12, 9)
+    gradient = make(5, 32, 16, 12, 9, seed=1)[0]
+    whole = winograd.weight_gradient(x, gradient, 1)
+    monkeypatch.setattr(winograd, "MOST", 2 * 9 * 48 * winograd.PLACES)  # two pictures of nine tiles at once
+    torch.testing.assert_close(winograd.weight_gradient(x, gradient, 1), whole, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_gradients_are_the_direct_ones_up_to_rounding(padding):
+    layer, x = big()
+    layer.padding = (padding, padding)
+    found, truth = gradients(layer, x), gradients(layer.double(), x.double(), way=direct)
+    for mine, exact in zip(found, truth):
+        assert (mine - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+def gradients(layer, x, way=lambda layer, x: layer(x)):
+    """Of a sum of squares, towards x, weight and bias."""
+    layer.zero_grad()
+    x = x.clone().requires_grad_()
+    way(layer, x).square().mean().backward()
+    return [g.clone() for g in (x.grad, layer.weight.grad, layer.bias.grad)]
+
+
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias"])
+def test_one_gradient_alone_is_the_same(wanted):
+    layer, x = big()
+    every = dict(zip(("x", "weight", "bias"), gradients(layer, x)))
+    given_ = {"x": x.clone(), "weight": layer.weight, "bias": layer.bias}
+    layer.zero_grad()
+    layer.requires_grad_(False)
+    given_[wanted].requires_grad_(True)
+    layer(given_["x"]).square().mean().backward()
+    assert torch.equal(given_[wanted].grad, every[wanted])
+    assert all(tensor.grad is None for name, tensor in given_.items() if name != wanted)
+
+
+def test_a_gradient_has_a_gradient_of_its_own():
+    """As a penalty on the discriminator's gradient would need it."""
+    layer, x = big()
+
+    def penalty(way):
+        layer.zero_grad()
+        picture = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(way(layer, picture).square().mean(), picture, create_graph=True)
+        (1e6 * gradient.square().mean()).backward()
+        return layer.weight.grad.clone(), picture.grad.clone()
+
+    for mine, exact in zip(penalty(lambda layer, x: layer(x)), penalty(direct)):
+        torch.testing.assert_close(mine, exact, atol=1e-5 * exact.abs().max().item(), rtol=0)
+
+
+def test_the_number_of_threads_changes_no_bit_of_what_is_passed_back():
+    layer, x = big()
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(gradients(layer, x)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize(
@@ -141,21 +221,22 @@ def test_a_picture_of_the_wrong_shape_is_refused_as_by_pytorch():
         torch.testing.assert_close(layer(x[0]), direct(layer, x)[0], atol=1e-5, rtol=1e-5)
 
 
-def test_edges_are_the_same_either_way():
+def test_edges_are_the_same_either_way(monkeypatch):
     torch.manual_seed(0)
     network, picture = HED().eval(), 255 * torch.rand(1, 3, 160, 144)
-    expected = network(picture)
     with torch.no_grad():
         found = network(picture)
-    assert expected.requires_grad and not torch.equal(found, expected)
-    torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=1e-4)
+        monkeypatch.setattr(Conv2d, "_conv_forward", nn.Conv2d._conv_forward)
+        expected = network(picture)
+    assert not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_without_numba_it_is_the_direct_one():
     code = (
         "import torch; from cocosnet.model.convolution import Conv2d; layer = Conv2d(64, 64, 3, padding=1)\n"
-        "x = torch.randn(1, 64, 96, 96); expected = layer(x).detach()\n"
-        "with torch.no_grad(): print(torch.equal(layer(x), expected))"
+        "x = torch.randn(1, 64, 96, 96); expected = torch.nn.Conv2d._conv_forward(layer, x, layer.weight, layer.bias)\n"
+        "print(torch.equal(layer(x), expected))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

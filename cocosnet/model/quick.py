@@ -13,9 +13,14 @@ LANES = 16  # numbers that compiled code works on at once, see `lanes.py`
 
 
 def is_plain(*tensors: Tensor) -> bool:
-    """Whether compiled code may work on these: on a CPU, no gradient recorded, no graph traced."""
+    """Whether compiled code that knows no gradient may work on these: `is_compilable`, and none is recorded."""
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return all(x.device.type == "cpu" for x in tensors) and not recorded and not torch.compiler.is_compiling()
+    return not recorded and is_compilable(*tensors)
+
+
+def is_compilable(*tensors: Tensor) -> bool:
+    """Whether compiled code may work on these: on a CPU, and no graph is traced."""
+    return all(x.device.type == "cpu" for x in tensors) and not torch.compiler.is_compiling()
 
 
 @functools.cache
