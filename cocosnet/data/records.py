@@ -75,7 +75,7 @@ def parse_record(line: str, number: int = 0) -> Record:
     try:
         values = finite(json.loads(line))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"record {number}: not JSON: {error}") from error
+        raise DataError(f"record {number}: not JSON: {error}; of a command in a pipe, --json makes records") from error
     if not isinstance(values, dict):
         raise DataError(f"record {number}: expected a JSON object, found {type(values).__name__}")
     if values.pop("schema", SCHEMA) != SCHEMA:
