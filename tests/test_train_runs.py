@@ -418,6 +418,12 @@ def test_a_run_can_start_from_a_model_and_does_not_need_it_again(data, tmp_path,
         Trainer(config, data, tmp_path / "other", "cpu")
 
 
+def test_a_start_of_another_shape_is_refused(data, tmp_path, finished):
+    config = tiny(f"train.init={finished[2]}", "model.kind=spade")
+    with pytest.raises(CheckpointError, match="does not fit the config at hand: missing style_encoder"):
+        Trainer(config, data, tmp_path, "cpu")
+
+
 def test_averages_leave_out_what_has_no_value():
     averages = Averages()
     for value in (1.0, float("nan"), 3.0):
