@@ -7,7 +7,7 @@ import importlib
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 LANES = 16  # numbers that compiled code works on at once, see `lanes.py`
 
@@ -19,8 +19,12 @@ def is_plain(*tensors: Tensor) -> bool:
 
 
 def is_compilable(*tensors: Tensor) -> bool:
-    """Whether compiled code may work on these: on a CPU, and no graph is traced."""
-    return all(x.device.type == "cpu" for x in tensors) and not torch.compiler.is_compiling()
+    """Whether compiled code may work on these: on a CPU, and no graph is traced.
+
+    Where PyTorch 2.6 traces a layer it does not say so; but then its tensors are of a type of their own.
+    """
+    real = all(type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" for x in tensors)
+    return real and not torch.compiler.is_compiling()
 
 
 @functools.cache
