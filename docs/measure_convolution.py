@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from cocosnet.memory import keep_freed_memory
 from cocosnet.model import winograd
+from cocosnet.model.convolution import direct_gradients, short_gradients
 
 SHAPES = (  # pictures, inputs, outputs, height, width
     (1, 128, 128, 72, 512),  # of the translator's and the encoders' at 512x512
@@ -50,20 +50,12 @@ def measure(count: int, inputs: int, outputs: int, height: int, width: int) -> l
     gradient = torch.randn(count, outputs, height, width).contiguous(memory_format=torch.channels_last)
     weight, bias = torch.randn(outputs, inputs, 3, 3) / (9 * inputs) ** 0.5, torch.randn(outputs)
 
-    def direct(*needs: bool) -> Tensor:
-        one = [1, 1]
-        made = torch.ops.aten.convolution_backward(
-            gradient, x, weight, [outputs], one, one, one, False, [0, 0], 1, [*needs, False]
-        )
-        return made[needs.index(True)]
-
+    both = direct_gradients, short_gradients
     ways = (
         lambda: F.conv2d(x, weight, bias, padding=1),
         lambda: winograd.convolve(x, weight, bias, 1),
-        lambda: direct(True, False),
-        lambda: winograd.convolve(gradient, weight.flip(2, 3).transpose(0, 1), None, 1),
-        lambda: direct(False, True),
-        lambda: winograd.weight_gradient(x, gradient, 1),
+        *(lambda way=way: way(gradient, x, weight, 1, (True, False, False)) for way in both),
+        *(lambda way=way: way(gradient, x, weight, 1, (False, True, False)) for way in both),
     )
     truth = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
     errors = [(way() - truth).square().mean().sqrt().item() for way in ways[:2]]
@@ -71,7 +63,7 @@ def measure(count: int, inputs: int, outputs: int, height: int, width: int) -> l
     return [*(f"{ms:.0f}" for ms in took), *(f"{error:.1e}" for error in errors)]
 
 
-def _milliseconds(work: Callable[[], Tensor]) -> float:
+def _milliseconds(work: Callable[[], object]) -> float:
     begin = time.perf_counter()
     work()
     return 1000 * (time.perf_counter() - begin)

@@ -41,11 +41,11 @@ class _Short(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         # A gradient that has a gradient of its own is PyTorch's.
-        way = _direct_gradients if torch.is_grad_enabled() else _short_gradients
+        way = direct_gradients if torch.is_grad_enabled() else short_gradients
         return *way(gradient, x, weight, ctx.padding, needs), None
 
 
-def _short_gradients(
+def short_gradients(
     gradient: Tensor, x: Tensor, weight: Tensor, padding: int, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Those of x, weight and bias that are needed. The first is a convolution too, with the kernel turned round."""
@@ -57,7 +57,7 @@ def _short_gradients(
     )
 
 
-def _direct_gradients(
+def direct_gradients(
     gradient: Tensor, x: Tensor, weight: Tensor, padding: int, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """The same by PyTorch, which records how it made them."""

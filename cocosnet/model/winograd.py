@@ -22,6 +22,7 @@ import math
 import numpy as np
 import torch
 from numba import njit, prange
+from numba.extending import register_jitable
 from torch import Tensor
 
 from cocosnet.model.jit import torch_threads
@@ -63,16 +64,15 @@ def convolve(x_BCHW: Tensor, weight_KC33: Tensor, bias_K: Tensor | None, padding
 def weight_gradient(x_BCHW: Tensor, gradient_BKHW: Tensor, padding: int) -> Tensor:
     """Gradient of `convolve`'s kernel, K,C,3,3, from its input and the gradient of its result."""
     images, gradients = _channels_last(x_BCHW), _channels_last(gradient_BKHW)
-    (count, height, width, outputs), inputs = gradients.shape, images.shape[3]
-    tiles = -(-height // OUT) * -(-width // OUT)
+    (count, *_, outputs), inputs = gradients.shape, images.shape[3]
+    tiles = _tiles(gradients.shape) // count
     sums = torch.zeros(PLACES, outputs, inputs)
     several = max(1, MOST // (PLACES * tiles * (inputs + outputs)))  # pictures
     for first in range(0, count, several):
         part, towards = images[first : first + several], gradients[first : first + several]
         read = np.empty((PLACES, len(part) * tiles, inputs), np.float32)
         made = np.empty((PLACES, len(part) * tiles, outputs), np.float32)
-        _spread_pixels(part, towards.shape, padding, read)
-        _spread_gradient(towards, made)
+        _spread(part, towards, padding, read, made)
         sums.baddbmm_(torch.from_numpy(made).transpose(1, 2), torch.from_numpy(read))
     taps = np.empty((TAPS, outputs, inputs), np.float32)
     _gather_kernels(sums.numpy(), taps)
@@ -146,30 +146,23 @@ def _gather_kernels(sums, taps):
 
 
 @njit(parallel=True, cache=True, boundscheck=False)
-def _spread_pixels(images, size, padding, read):
-    """B^T d B of all tiles: images B,H,W,C; size: B,H',W',K; read PLACES,tiles,C."""
-    channels, tiles = images.shape[3], read.shape[1]
-    for line in prange(tiles // -(-size[2] // OUT)):
+def _spread(images, gradients, padding, read, made):
+    """B^T d B and A D A^T of all tiles.
+
+    images B,H,W,C; gradients B,H',W',K; read PLACES,tiles,C; made PLACES,tiles,K.
+    """
+    limits, size, tiles = images.shape, gradients.shape, read.shape[1]
+    across = -(-size[2] // OUT)
+    for line in prange(tiles // across):
         desk = np.empty(PLACES * LANES, np.float32)
-        for tile in range(line * -(-size[2] // OUT), (line + 1) * -(-size[2] // OUT)):
-            target = advanced(pointer(read), tile * channels)
-            _read(pointer(images), images.shape, _place(tile, size), padding, pointer(desk), target, tiles)
+        for tile in range(line * across, (line + 1) * across):
+            place, target = _place(tile, size), advanced(pointer(read), tile * limits[3])
+            _read(pointer(images), limits, place, padding, pointer(desk), target, tiles)
+            _read_back(pointer(gradients), size, place, pointer(desk), advanced(pointer(made), tile * size[3]), tiles)
         desk[0] = 0
 
 
-@njit(parallel=True, cache=True, boundscheck=False)
-def _spread_gradient(gradients, made):
-    """A d A^T of all tiles: gradients B,H',W',K; made PLACES,tiles,K."""
-    size, tiles = gradients.shape, made.shape[1]
-    for line in prange(tiles // -(-size[2] // OUT)):
-        desk = np.empty(PLACES * LANES, np.float32)
-        for tile in range(line * -(-size[2] // OUT), (line + 1) * -(-size[2] // OUT)):
-            target = advanced(pointer(made), tile * size[3])
-            _read_back(pointer(gradients), size, _place(tile, size), pointer(desk), target, tiles)
-        desk[0] = 0
-
-
-@njit(inline="always")
+@register_jitable(inline="always")
 def _tiles(size):
     """How many there are in all pictures. size: B,H',W',K."""
     return size[0] * -(-size[1] // OUT) * -(-size[2] // OUT)
@@ -198,7 +191,7 @@ def _read(images, limits, place, padding, desk, target, step):
 
 @njit(boundscheck=False)
 def _read_back(gradients, limits, place, desk, target, step):
-    """A d A^T of one tile, as `_read` lays it out. limits: B,H',W',K."""
+    """A D A^T of one tile, as `_read` lays it out. limits: B,H',W',K."""
     channels, top, left = limits[3], place[1], place[2]
     gradient = advanced(gradients, place[0] * limits[1] * limits[2] * channels)
     for channel in range(0, channels, LANES):
@@ -304,7 +297,7 @@ def _kernel_sums(s):
 
 @njit(inline="always")
 def _back_lines(d):
-    """A d of one line: four vectors to six."""
+    """A D of one line: four vectors to six."""
     even, odd = add(d[0], multiply(splat(HALF), d[2])), add(d[1], multiply(splat(HALF), d[3]))
     even_2, odd_2 = add(d[0], multiply(splat(TWO), d[2])), add(d[1], multiply(splat(TWO), d[3]))
     odd, odd_2 = multiply(splat(ROOT), odd), multiply(splat(ROOT_2), odd_2)
