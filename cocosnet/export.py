@@ -113,7 +113,8 @@ def export_model(
         MissingDependency: ONNX is asked for, and onnx, onnxscript or onnxruntime is not there.
         MissingWeights, CheckpointError: as `load_model`.
         DataError: the file cannot be written.
-        CocosError: what was written gives other pictures than the model. Nothing is kept then.
+        CocosError: what was written gives other pictures than the model, or this PyTorch cannot write the graph as
+            ONNX. Nothing is kept then.
     """
     start, form = time.perf_counter(), format_of(path)
     program = Exportable(load_plain(weights))
@@ -325,9 +326,16 @@ def _save_program(traced: torch.export.ExportedProgram, path: Path, texts: dict[
 
 
 def _save_onnx(traced: torch.export.ExportedProgram, path: Path, texts: dict[str, str], outputs: list[str]) -> None:
-    with _hushed():
-        program = torch.onnx.export(traced, dynamo=True, opset_version=OPSET, output_names=outputs, verbose=False,
-                                    custom_translation_table={torch.ops.aten.sort.stable: _stable_sort})  # fmt: skip
+    try:
+        with _hushed():
+            own = {torch.ops.aten.sort.stable: _stable_sort}
+            program = torch.onnx.export(traced, dynamo=True, opset_version=OPSET, output_names=outputs, verbose=False,
+                                        custom_translation_table=own)  # fmt: skip
+    except torch.onnx.OnnxExporterError as error:
+        raise CocosError(
+            f"PyTorch {torch.__version__} cannot write this graph as ONNX: "
+            "take a newer PyTorch, fixed sizes (without --dynamic), or .pt2"
+        ) from error
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # paths of this machine, a third of the file
     program.model.metadata_props.update(texts)

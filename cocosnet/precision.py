@@ -42,3 +42,10 @@ def full_float32() -> contextlib.AbstractContextManager:
 def autocast(precision: torch.dtype, device: torch.device) -> torch.autocast:
     """The context in which convolutions compute in that type; matching, softmax and norms stay in float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """The context in which autocast changes no type. None is opened where it is off: an exported graph would hold a
+    region that does nothing, and that PyTorch 2.6 cannot read back."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()

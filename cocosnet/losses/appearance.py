@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cocosnet.precision import without_autocast
+
 BANDWIDTH = 0.1  # h of the contextual loss (release)
 NEAREST_EPSILON = 1e-3  # added to the distance of the nearest neighbour before dividing by it (release)
 MAX_POSITIONS = 4096  # of one map, so that the matrix of all pairs stays at 64 MiB; larger maps are averaged down
@@ -53,7 +55,7 @@ def contextual_distance(x: Tensor, y: Tensor) -> Tensor:
     w_ij = exp((1 - d_ij) / h), normalised over j; CX is the mean over i of the largest over j. Any permutation of the
     positions of x or of y gives the same value. Autocast does not reach in here.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         distance = _cosine_distances(x.float().flatten(2), y.float().flatten(2))
     relative = distance / (distance.amin(2, keepdim=True) + NEAREST_EPSILON)
     logits = (1 - relative) / BANDWIDTH

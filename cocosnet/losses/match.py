@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cocosnet.model.warp import downsample, of_axes, sample
+from cocosnet.precision import without_autocast
 
 QUERIES = 256  # pixels of a level, about, that are asked for
 PLACES = 4096  # pixels of a level, about, it is compared with: all of 64x64, a quarter of 128x128
@@ -51,7 +52,7 @@ def _level(x: Tensor, y: Tensor, field: Tensor, temperature: float) -> Tensor:
     limit = of_axes(asked, x.shape[-2] - 1, x.shape[-1] - 1).squeeze(1)
     inside = ((asked >= 0) & (asked <= limit)).all(1).flatten(1)
     queries = F.normalize(sample(x, asked.unsqueeze(1)).squeeze(2).flatten(2), dim=1)
-    with torch.autocast(x.device.type, enabled=False):  # tau = 0.01 magnifies every rounding a hundredfold
+    with without_autocast(x.device):  # tau = 0.01 magnifies every rounding a hundredfold
         logits = queries.transpose(1, 2) @ y.flatten(2) / temperature  # B,queries,places
     surprise = F.cross_entropy(logits.transpose(1, 2), right.expand(len(y), -1), reduction="none")
     return (surprise * inside).sum(1) / inside.sum(1).clamp(min=1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cocosnet.errors import CheckpointError, MissingWeights
 from cocosnet.model.convolution import Conv2d
+from cocosnet.precision import without_autocast
 from cocosnet.weights import find_weights
 
 
@@ -107,7 +108,7 @@ class Vgg(nn.Module):
         """Every layer's name and map in their order, each computed when it is asked for; image as for `forward`."""
         x = self._enter(image)
         for name, layer in self.convs.items():
-            with torch.autocast(image.device.type, enabled=False):
+            with without_autocast(image.device):
                 x = F.max_pool2d(x, 2) if name.endswith("_1") and name != "conv1_1" else x
                 x = F.relu(layer(x))
             yield name.replace("conv", "relu"), x

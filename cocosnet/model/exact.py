@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cocosnet.model.matches import Matches
 from cocosnet.model.warp import is_open
+from cocosnet.precision import without_autocast
 
 CHUNK = 2**24  # similarities held at once while the top K are picked: 64 MiB of float32
 WIDTH = 8  # numbers in a row of attention, or a multiple: otherwise a GPU's fused kernels stand back, and all is stored
@@ -26,7 +27,7 @@ def exact_warp(features_x: Tensor, features_y: Tensor, exemplar: Tensor, tempera
     maps = features_x, features_y, exemplar
     width = -(-max(t.shape[1] for t in maps) // WIDTH) * WIDTH
     queries, keys, values = (_rows(t.float(), width) for t in maps)
-    with torch.autocast(queries.device.type, enabled=False):  # tau = 0.01 magnifies every rounding a hundredfold
+    with without_autocast(queries.device):  # tau = 0.01 magnifies every rounding a hundredfold
         warped = F.scaled_dot_product_attention(queries, keys, values, scale=1 / temperature)[..., : exemplar.shape[1]]
     return warped.squeeze(1).transpose(1, 2).unflatten(2, features_x.shape[-2:])
 
@@ -42,7 +43,7 @@ def exact_top_k(features_x: Tensor, features_y: Tensor, candidates: int) -> Matc
     kept = min(candidates, keys.shape[-1])
     whole = is_open(keys.shape[-1])
     parts = [queries] if whole else queries.split(max(1, CHUNK // (batch * keys.shape[-1])), dim=1)
-    with torch.autocast(keys.device.type, enabled=False):
+    with without_autocast(keys.device):
         best = [top_k_of_rows(part @ keys, kept) for part in parts]
     scores, indices = (torch.cat(parts, 1).transpose(1, 2).unflatten(2, (height, width)) for parts in zip(*best))
     rows = indices // features_y.shape[-1]

@@ -14,6 +14,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 from cocosnet.model.convolution import Conv2d
+from cocosnet.precision import without_autocast
 
 LEAK = 0.2  # slope of every LeakyReLU (release)
 BAND = 64  # rows that `in_bands` works on at once: what a band needs stays in a processor's cache
@@ -46,7 +47,7 @@ def in_own_type(x: Tensor) -> contextlib.AbstractContextManager:
 
     CUDA's autocast would make float32 of them, and so of most of what the backward pass keeps; a CPU's does not.
     """
-    return torch.autocast("cuda", enabled=False) if x.is_cuda else contextlib.nullcontext()
+    return without_autocast(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def positional_norm(x_BCHW: Tensor) -> Tensor:
