@@ -19,7 +19,7 @@ from cocosnet.config import DistortionConfig, MatchingConfig
 from cocosnet.model.exact import exact_top_k
 from cocosnet.model.hierarchy import Level
 from cocosnet.model.patchmatch import best_first
-from cocosnet.model.release_matching import DENSE_WINDOW, WINDOW, ReleasePatchMatch, window_offsets
+from cocosnet.model.release_matching import ReleasePatchMatch
 from cocosnet.model.warp import downsample
 
 PHOTO = Path(__file__).resolve().parent.parent / "cocosnet" / "assets" / "demo" / "hopper.jpg"
@@ -48,8 +48,7 @@ def measure(photo: Path, compat: str) -> list[dict[str, float]]:
     for index in range(1, LEVELS):
         factor = 2 ** (LEVELS - 1 - index)
         picture = downsample(pair.exemplar, factor)
-        start = window_offsets(matches, DENSE_WINDOW if search.fixed else WINDOW)
-        level = search(start, x[index], y[index], picture, [(-1, -2)] * config.iterations)
+        level = search(matches, x[index], y[index], picture, [(-1, -2)] * config.iterations)
         ranked = Level(best_first(level.matches), level.warps)
         matches = ranked.matches if search.fixed else level.matches
         found = level_figures(ranked, x[index], y[index], pair, factor)

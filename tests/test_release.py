@@ -158,6 +158,35 @@ def test_bands_of_rows_give_what_the_whole_gives(monkeypatch):
         torch.testing.assert_close(part, expected, atol=1e-6, rtol=1e-6)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("compat", ["release", "release-fixed"])
+def test_a_search_in_bands_is_the_whole_one_to_the_last_bit(compat, monkeypatch):
+    torch.manual_seed(6)
+    search = release_matching.ReleasePatchMatch(MatchingConfig(compat=compat, channels=4, candidates=16, hidden=8))
+    x, y = (torch.nn.functional.normalize(torch.randn(1, 4, *size), dim=1) for size in ((40, 24), (24, 40)))
+    picture = torch.rand(1, 3, 24, 40)
+    coarse = release_matching.Matches(10 * torch.rand(1, 16, 2, 20, 12), torch.rand(1, 16, 20, 12))
+    offsets = search.first_offsets(coarse)
+    whole = [search.keep_best(offsets, axis, x, y) for axis in (-1, -2)]
+    level = search(coarse, x, y, picture, [])
+    monkeypatch.setattr(layers, "BAND", 12)
+    for axis, expected in zip((-1, -2), whole):
+        assert all(torch.equal(a, b) for a, b in zip(search.keep_best(offsets, axis, x, y), expected))
+    found = search(coarse, x, y, picture, [])
+    assert torch.equal(found.matches.positions, level.matches.positions)
+    assert torch.equal(found.warps[0], level.warps[0])
+
+
+@torch.inference_mode()
+def test_a_block_enlarges_its_map_as_interpolation_does(monkeypatch):
+    torch.manual_seed(7)
+    block, x, guide = release.ReleaseSpadeBlock(6, 4, 2, 8), torch.randn(1, 6, 20, 9), torch.rand(1, 2, 40, 18)
+    enlarged = block(torch.nn.functional.interpolate(x, scale_factor=2), guide)
+    assert torch.equal(block(x, guide, scale=2), enlarged)
+    monkeypatch.setattr(layers, "BAND", 12)
+    torch.testing.assert_close(block(x, guide, scale=2), enlarged, atol=1e-6, rtol=1e-6)
+
+
 def random_release(channels: int, nef: int, ngf: int, spade: int = 128) -> dict[str, dict[str, torch.Tensor]]:
     """State dicts named as the release names them, of any widths, made from the shapes of a model of ours."""
     from cocosnet.config import config_from_dict

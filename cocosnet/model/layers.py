@@ -188,9 +188,10 @@ def join_channels(*maps_BChw: Tensor) -> Tensor:
 def in_bands(function: Callable[..., tuple[Tensor, ...]], maps: Sequence[Tensor], halo: int) -> tuple[Tensor, ...]:
     """`function(*maps)` band by band of `BAND` rows, for less memory and for what stays in a processor's cache.
 
-    maps: tensors ..,h,w of one size; function: maps to a tuple of maps of that size, a row of which depends on the
-    `halo` rows above and below at most. The same result, whole where the maps have no more than `BAND` rows, and where
-    a graph is traced, which then is of one map of whatever size.
+    maps: tensors ..,h,w of one size; but those after the first may be smaller, by a factor that divides BAND and halo.
+    function: maps to a tuple of maps of the first one's size, a row of which depends on the `halo` rows above and below
+    at most. The same result, whole where the maps have no more than `BAND` rows, and where a graph is traced, which
+    then is of one map of whatever size.
     """
     height = maps[0].shape[-2]
     if torch.compiler.is_compiling() or height <= BAND:
@@ -198,11 +199,17 @@ def in_bands(function: Callable[..., tuple[Tensor, ...]], maps: Sequence[Tensor]
     whole: tuple[Tensor, ...] = ()
     for top in range(0, height, BAND):
         first, bottom = max(top - halo, 0), min(top + BAND, height)
-        results = function(*(x[..., first : min(bottom + halo, height), :] for x in maps))
+        results = function(*(_rows(x, height, first, min(bottom + halo, height)) for x in maps))
         whole = whole or tuple(_room(part, height) for part in results)
         for target, part in zip(whole, results):
             target[..., top:bottom, :] = part[..., top - first : bottom - first, :]
     return whole
+
+
+def _rows(x: Tensor, height: int, first: int, last: int) -> Tensor:
+    """What of a map ..,h,w lies in the rows from `first` to before `last` of one of `height` rows."""
+    factor = height // x.shape[-2]
+    return x[..., first // factor : last // factor, :]
 
 
 def _room(part: Tensor, height: int) -> Tensor:

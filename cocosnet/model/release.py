@@ -17,7 +17,7 @@ from cocosnet.config import Config, DiscriminatorConfig, EncoderConfig, Translat
 from cocosnet.model.cocosnet import Output, check_inputs, crop_output
 from cocosnet.model.convolution import Conv2d
 from cocosnet.model.layers import LEAK, SPADE_HALO, in_bands
-from cocosnet.model.release_matching import InstanceNorm, ReleaseHierarchy, side_by_side, unit
+from cocosnet.model.release_matching import InstanceNorm, ReleaseHierarchy, resized, side_by_side, unit
 
 
 class ReleaseCoCosNet(nn.Module):
@@ -82,9 +82,7 @@ class ReleaseCoCosNet(nn.Module):
 
     def translate(self, warps: list[Tensor], condition: Tensor) -> Tensor:
         """The generator on all warps, enlarged by the nearest pixel, and the padded condition. B,3,H,W in [-1, 1]."""
-        size = condition.shape[-2:]
-        guide = torch.cat([*(F.interpolate(warp, size=size) for warp in warps), condition], dim=1)
-        return self.translator(guide.contiguous(memory_format=torch.channels_last))  # as its convolutions want it
+        return self.translator(_guide(warps, condition))
 
 
 class ReleaseEncoder(nn.Module):
@@ -107,10 +105,10 @@ class ReleaseEncoder(nn.Module):
         for layer in (self.layer2, self.layer3, self.layer4, self.layer5):
             y = layer(F.leaky_relu(y, LEAK))
             skips.append(y)
-        features = [self.head_0(skips[3], x)]
-        for block, skip in zip((self.G_middle_0, self.G_middle_1, self.G_middle_2), skips[2::-1]):
+        features = [self.head_0(skips.pop(), x)]
+        for block in (self.G_middle_0, self.G_middle_1, self.G_middle_2):
             up = F.interpolate(features[-1], scale_factor=2, mode="bilinear", align_corners=True)
-            features.append(block(up + skip, x))
+            features.append(block(up.add_(skips.pop()), x))
         return features
 
 
@@ -133,9 +131,7 @@ class ReleaseGenerator(nn.Module):
         """See the class for shapes."""
         x = self.fc(F.interpolate(guide, size=[side // 32 for side in guide.shape[-2:]]))
         for name in self.names:
-            if name not in ("head_0", "G_middle_1"):
-                x = F.interpolate(x, scale_factor=2)
-            x = getattr(self, name)(x, guide)
+            x = getattr(self, name)(x, guide, scale=1 if name in ("head_0", "G_middle_1") else 2)
         return torch.tanh(self.conv_img(F.leaky_relu(x, LEAK)))
 
 
@@ -194,12 +190,15 @@ class ReleaseSpadeBlock(nn.Module):
             self.norm_s = ReleaseSpade(inputs, guide_channels, hidden, conv)
             self.conv_s = nn.Conv2d(inputs, outputs, 1, bias=False)
 
-    def forward(self, x: Tensor, guide: Tensor) -> Tensor:
-        """x B,inputs,h,w; guide B,G,H,W of any size. Returns B,outputs,h,w."""
-        return in_bands(self._rows, (x, F.interpolate(guide, size=x.shape[-2:])), SPADE_HALO)[0]
+    def forward(self, x: Tensor, guide: Tensor, scale: int = 1) -> Tensor:
+        """x B,inputs,h,w is first enlarged `scale` times by the nearest pixel; guide B,G,H,W of any size. Returns
+        B,outputs,scale h,scale w."""
+        size = tuple(scale * side for side in x.shape[-2:])
+        return in_bands(self._rows, (resized(guide, size), x), SPADE_HALO)[0]
 
-    def _rows(self, x: Tensor, guide: Tensor) -> tuple[Tensor]:
-        """The block on some rows of both, of one size."""
+    def _rows(self, guide: Tensor, x: Tensor) -> tuple[Tensor]:
+        """The block on some rows of both; x is enlarged to the guide's size here, for the whole of it is large."""
+        x = resized(x, guide.shape[-2:])
         normed = _positional_norm(x)
         shortcut = self.conv_s(self.norm_s(normed, guide)) if self.learned else x
         y = self.conv_0(_reflect(F.leaky_relu(self.norm_0(normed, guide), LEAK)))
@@ -219,6 +218,12 @@ class ReleaseSpade(nn.Module):
         """normed B,C,h,w; guide B,G,h,w. Returns B,C,h,w."""
         gamma, beta = side_by_side(_reflect(self.mlp_shared(guide)), self.mlp_gamma, self.mlp_beta)
         return normed * (1 + gamma) + beta
+
+
+def _guide(warps: list[Tensor], condition: Tensor) -> Tensor:
+    """What the generator sees, B,G,H,W, in the layout that its convolutions want."""
+    maps = [*(resized(warp, condition.shape[-2:]) for warp in warps), condition]
+    return torch.cat(maps, dim=1).contiguous(memory_format=torch.channels_last)
 
 
 def _positional_norm(x: Tensor) -> Tensor:

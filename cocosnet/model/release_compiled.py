@@ -14,37 +14,46 @@ BLOCK = 16  # numbers that PyTorch adds one after the other before it joins part
 
 
 @torch_threads()
-def score(offsets: Tensor, axis: int | None, x: Tensor, y: Tensor, rounded: bool = False) -> tuple[Tensor, Tensor]:
+def score(
+    offsets: Tensor, axis: int | None, x: Tensor, y: Tensor, rounded: bool = False, grid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`release_matching.score`, float32 on the CPU: the same arguments, and the same numbers to the last bit."""
     batch, both, height, width = offsets.shape
     count = both // 2 if axis is None else 3 * both // 2
     indices = torch.empty(batch, height * width, count, dtype=torch.int32)
     scores = torch.empty(batch, height * width, count)
-    step = {None: (0, 0), -2: (1, 0), -1: (0, 1)}[axis]
+    step, top = {None: (0, 0), -2: (1, 0), -1: (0, 1)}[axis], _top(grid)
     for b in range(batch):
         rows = [f[b].permute(1, 2, 0).contiguous().numpy() for f in (x, y)]
-        _score(offsets[b].contiguous().numpy(), *rows, step, rounded, indices[b].numpy(), scores[b].numpy())
+        _score(offsets[b].contiguous().numpy(), *rows, step, top, rounded, indices[b].numpy(), scores[b].numpy())
     return indices, scores
 
 
 @torch_threads()
-def to_offsets(indices: Tensor, order: Tensor, size: torch.Size, columns: int) -> Tensor:
+def to_offsets(indices: Tensor, order: Tensor, size: torch.Size, columns: int, grid: Tensor | None = None) -> Tensor:
     """`release_matching.to_offsets` on the CPU: the same arguments and numbers."""
     offsets = torch.empty(indices.shape[0], 2 * order.shape[-1], *size)
     for b in range(indices.shape[0]):
-        _to_offsets(indices[b].contiguous().numpy(), order[b].contiguous().numpy(), columns, offsets[b].numpy())
+        chosen = indices[b].contiguous().numpy(), order[b].contiguous().numpy()
+        _to_offsets(*chosen, columns, _top(grid), offsets[b].numpy())
     return offsets
 
 
+def _top(grid: Tensor | None) -> int:
+    """The number of the first of the rows that are given."""
+    return 0 if grid is None else int(grid[0, 0, 0])
+
+
 @numba.njit(parallel=True, cache=True, boundscheck=False)
-def _score(field, x, y, step, rounded, indices, scores):
-    """field 2K,h,w; x h,w,C; y H,W,C; step (rows, columns) to the next neighbour; indices and scores hw,N."""
+def _score(field, x, y, step, top, rounded, indices, scores):
+    """field 2K,h,w; x h,w,C; y H,W,C; step (rows, columns) to the next neighbour; top: the number of the first row;
+    indices and scores hw,N."""
     for i in numba.prange(field.shape[1]):
-        _score_row(i, field, x, y, step, rounded, indices, scores)
+        _score_row(i, field, x, y, step, top, rounded, indices, scores)
 
 
 @numba.njit(boundscheck=False)
-def _score_row(i, field, x, y, step, rounded, indices, scores):
+def _score_row(i, field, x, y, step, top, rounded, indices, scores):
     width, count, channels = field.shape[2], indices.shape[1], x.shape[2]
     candidates, size = field.shape[0] // 2, (y.shape[0], y.shape[1])
     lines, reach = _lines(field, i, step[0]), 1 if count > candidates else 0
@@ -54,7 +63,7 @@ def _score_row(i, field, x, y, step, rounded, indices, scores):
         p = i * width + j
         if j < width:  # while the pixel before this one is compared, the places that this one points to are fetched
             numbers = advanced(pointer(indices), p * count)
-            _point((i, j), pointer(lines), field.shape, step, reach, size, rounded, numbers)
+            _point((i, j), pointer(lines), field.shape, step, reach, top, size, rounded, numbers)
             _fetch(pointer(y), numbers, count, channels)
         if j > 0:
             query, numbers = advanced(pointer(x), (p - 1) * channels), advanced(pointer(indices), (p - 1) * count)
@@ -82,7 +91,7 @@ def _lines(field, i, step):
 
 
 @numba.njit(boundscheck=False)
-def _point(place, lines, shape, step, reach, size, rounded, numbers):
+def _point(place, lines, shape, step, reach, top, size, rounded, numbers):
     """The numbers of the pixels that the candidates of a pixel point to, its own between its neighbours'."""
     (i, j), (both, height, width) = place, shape
     candidates, at = both // 2, 0
@@ -93,7 +102,7 @@ def _point(place, lines, shape, step, reach, size, rounded, numbers):
         for k in range(candidates):
             down = lines[start + k] if inside else np.float32(0)
             along = lines[start + candidates + k] if inside else np.float32(0)
-            numbers[at] = _number(np.float32(i) + down, np.float32(j) + along, size, rounded)
+            numbers[at] = _number(np.float32(top + i) + down, np.float32(j) + along, size, rounded)
             at += 1
 
 
@@ -125,8 +134,8 @@ def _distinct_dots(query, pixels, channels, numbers, out, count, candidates, scr
 
 
 @numba.njit(parallel=True, cache=True, boundscheck=False)
-def _to_offsets(indices, order, columns, offsets):
-    """indices hw,N; order hw,K; offsets 2K,h,w."""
+def _to_offsets(indices, order, columns, top, offsets):
+    """indices hw,N; order hw,K; top: the number of the first row; offsets 2K,h,w."""
     both, height, width = offsets.shape
     candidates = both // 2
     for i in numba.prange(height):
@@ -134,7 +143,7 @@ def _to_offsets(indices, order, columns, offsets):
             for k in range(candidates):
                 number = indices[i * width + j, order[i * width + j, k]]
                 row = number // columns
-                offsets[k, i, j] = np.float32(row - i)
+                offsets[k, i, j] = np.float32(row - top - i)
                 offsets[candidates + k, i, j] = np.float32(number - row * columns - j)
 
 

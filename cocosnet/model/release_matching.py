@@ -13,6 +13,7 @@ Shapes: B batch, C channels, K candidates, h w the condition's map, H W the exem
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -60,8 +61,9 @@ class ReleaseHierarchy(nn.Module):
             if index == 0:
                 levels.append(self.coarse(x, y, picture))
                 continue
+            x, y = (f.contiguous(memory_format=torch.channels_last) for f in (x, y))  # as every search reads them
             mine = axes[(index - 1) * self.iterations : index * self.iterations]
-            levels.append(self.patch_match(self.first_offsets(levels[-1].matches), x, y, picture, mine))
+            levels.append(self.patch_match(levels[-1].matches, x, y, picture, mine))
         return [Level(best_first(level.matches), level.warps) for level in levels]
 
     def coarse(self, x: Tensor, y: Tensor, picture: Tensor) -> Level:
@@ -81,14 +83,6 @@ class ReleaseHierarchy(nn.Module):
         weights = torch.softmax(scores / self.temperature, dim=-1)
         best = weights.topk(1, dim=-1).indices
         return scores.gather(-1, best), best, torch.matmul(weights, values)
-
-    def first_offsets(self, coarse: Matches) -> Tensor:
-        """What a level starts from, B,2K,h,w. The release takes the coarser level's first slot, which the last
-        refinement moved, and even steps around it; `release-fixed` takes the best slot and every step.
-        """
-        if self.patch_match.fixed:
-            return window_offsets(best_first(coarse), DENSE_WINDOW)
-        return window_offsets(coarse, WINDOW)
 
     def _axes(self, orders: Sequence[str] | None) -> list[tuple[int, int]]:
         count = self.iterations * (len(self.theta) - 1)
@@ -112,32 +106,57 @@ class ReleasePatchMatch(nn.Module):
         self.refine_net = ReleaseRefinement(config.candidates, hidden)
 
     def forward(
-        self, offsets: Tensor, x: Tensor, y: Tensor, exemplar: Tensor, axes: Sequence[tuple[int, int]]
+        self, coarse: Matches, x: Tensor, y: Tensor, exemplar: Tensor, axes: Sequence[tuple[int, int]]
     ) -> Level:
-        """offsets B,2K,h,w; x B,C,h,w and y B,C,H,W unit vectors; exemplar B,3,H,W. One order of axes an iteration."""
-        state = self.initial_layer(torch.cat([x, _as_large(y, x)], dim=1))
-        x, y = (f.contiguous(memory_format=torch.channels_last) for f in (x, y))  # once, as every search reads them
+        """coarse: the coarser level's; x B,C,h,w and y B,C,H,W unit vectors; exemplar B,3,H,W. One order of axes an
+        iteration."""
+        state, offsets = self.first_state(x, y), self.first_offsets(coarse)
         for order in axes:
             for axis in order:
                 offsets, weights = self.keep_best(offsets, axis, x, y)
             state, step = self.refine_net(state, weights, offsets)
             offsets = offsets + step
-        indices, scores = score(offsets, None, x, y, self.fixed)
+        read = functools.partial(self._read, y=y, exemplar=exemplar)
+        positions, scores, warp = in_bands(read, (offsets, x, pixel_grid(*x.shape[-2:], x.device)), halo=0)
+        return Level(Matches(positions, scores), [warp])
+
+    def _read(self, offsets: Tensor, x: Tensor, grid: Tensor, *, y: Tensor, exemplar: Tensor) -> tuple[Tensor, ...]:
+        """Positions B,K,2,h,w, their cosines B,K,h,w and the warp B,3,h,w of some rows, as `_keep_best`."""
+        size = x.shape[-2:]
+        indices, scores = score(offsets, None, x, y, self.fixed, grid)
         weights = torch.softmax(scores / self.temperature, dim=-1)
-        warp = (_gather(exemplar, indices) * weights.unsqueeze(1)).sum(-1).unflatten(2, x.shape[-2:])
-        return Level(Matches(places(indices, x.shape[-2:], y.shape[-1]), _as_maps(scores, x.shape[-2:])), [warp])
+        warp = (_gather(exemplar, indices) * weights.unsqueeze(1)).sum(-1).unflatten(2, size)
+        return places(indices, size, y.shape[-1]), _as_maps(scores, size), warp
+
+    def first_offsets(self, coarse: Matches) -> Tensor:
+        """What a level starts from, B,2K,h,w. The release takes the coarser level's first slot, which the last
+        refinement moved, and even steps around it; `release-fixed` takes the best slot and every step.
+        """
+        if self.fixed:
+            return window_offsets(best_first(coarse), DENSE_WINDOW)
+        return window_offsets(coarse, WINDOW)
+
+    def first_state(self, x: Tensor, y: Tensor) -> Tensor:
+        """The GRU's, of both pictures' features at the same pixel: B,hidden,h,w. Its sums run in the plain layout."""
+        return self.initial_layer(_both(x.contiguous(), y.contiguous()))
 
     def keep_best(self, offsets: Tensor, axis: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The K offsets (B,2K,h,w) whose pixels are most similar, of one's own and both neighbours' along `axis`, and
         their softmax weights (B,K,h,w) among all 3K."""
+        keep = functools.partial(self._keep_best, y=y, axis=axis)
+        return in_bands(keep, (offsets, x, pixel_grid(*x.shape[-2:], x.device)), halo=1 if axis == -2 else 0)
+
+    def _keep_best(self, offsets: Tensor, x: Tensor, grid: Tensor, *, y: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        """`keep_best` of some rows, whose pixels' own positions are grid 2,h,w."""
         size = offsets.shape[-2:]
-        indices, scores = score(offsets, axis, x, y, self.fixed)
+        indices, scores = score(offsets, axis, x, y, self.fixed, grid)
         if self.fixed:
             distinct = drop_duplicates(places(indices, size, y.shape[-1]), _as_maps(scores, size))
             scores = distinct.flatten(2).transpose(1, 2)
         scores = torch.softmax(scores.div_(self.temperature), dim=-1)  # in place: there are three times K of them
         weights, order = scores.topk(offsets.shape[1] // 2, dim=-1)
-        return to_offsets(indices, order, size, y.shape[-1]), _as_maps(weights, size)
+        # In the plain layout, in which the refinement's sums run for one pair in the release.
+        return to_offsets(indices, order, size, y.shape[-1], grid), _as_maps(weights, size).contiguous()
 
 
 class ReleaseRefinement(nn.Module):
@@ -239,48 +258,57 @@ def places(indices: Tensor, size: torch.Size, columns: int) -> Tensor:
     return flat.permute(0, 2, 3, 1).unflatten(3, size)
 
 
-def to_offsets(indices: Tensor, order: Tensor, size: torch.Size, columns: int) -> Tensor:
+def to_offsets(indices: Tensor, order: Tensor, size: torch.Size, columns: int, grid: Tensor | None = None) -> Tensor:
     """Offsets B,2K,h,w of the candidates `order` (B,hw,K) among numbers of pixels (B,hw,N).
 
-    size: h,w of the condition's map; columns: those of the exemplar's.
+    size: h,w of the condition's map; columns: those of the exemplar's; grid: as for `score`.
     """
     compiled = compiled_module("release_compiled")[0] if is_plain(indices) else None
-    return (reference_offsets if compiled is None else compiled.to_offsets)(indices, order, size, columns)
+    return (reference_offsets if compiled is None else compiled.to_offsets)(indices, order, size, columns, grid)
 
 
-def reference_offsets(indices: Tensor, order: Tensor, size: torch.Size, columns: int) -> Tensor:
+def reference_offsets(
+    indices: Tensor, order: Tensor, size: torch.Size, columns: int, grid: Tensor | None = None
+) -> Tensor:
     """The definition of `to_offsets`, in plain PyTorch."""
-    kept = places(indices.gather(-1, order), size, columns) - pixel_grid(*size, indices.device)
+    kept = places(indices.gather(-1, order), size, columns) - (
+        pixel_grid(*size, indices.device) if grid is None else grid
+    )
     return kept.transpose(1, 2).flatten(1, 2)
 
 
-def score(offsets: Tensor, axis: int | None, x: Tensor, y: Tensor, rounded: bool = False) -> tuple[Tensor, Tensor]:
+def score(
+    offsets: Tensor, axis: int | None, x: Tensor, y: Tensor, rounded: bool = False, grid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Numbers of the pixels that candidates point to, and their dot products, B,hw,N int32 and float32.
 
     offsets B,2K,h,w; x B,C,h,w and y B,C,H,W. Along an `axis` the candidates of both neighbours join: N = 3K, else K.
-    rounded: rows and columns are rounded apart, instead of the number being cut.
+    rounded: rows and columns are rounded apart, instead of the number being cut. grid: 2,h,w, the pixels' own
+    positions, where offsets and x are some rows of a map instead of a whole one.
 
     Compiled on a CPU where numba loads, and never while a gradient is recorded or the graph is traced.
     """
     plain = is_plain(offsets, x, y) and x.dtype == torch.float32
     compiled = compiled_module("release_compiled")[0] if plain else None
-    return (reference_score if compiled is None else compiled.score)(offsets, axis, x, y, rounded)
+    return (reference_score if compiled is None else compiled.score)(offsets, axis, x, y, rounded, grid)
 
 
 def reference_score(
-    offsets: Tensor, axis: int | None, x: Tensor, y: Tensor, rounded: bool = False
+    offsets: Tensor, axis: int | None, x: Tensor, y: Tensor, rounded: bool = False, grid: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The definition of `score`, in plain PyTorch, a candidate at a time."""
     offsets = offsets if axis is None else neighbours(offsets, axis)
-    indices = pixel_numbers(offsets, y.shape[-2:], rounded)
+    grid = pixel_grid(*x.shape[-2:], x.device) if grid is None else grid
+    indices = pixel_numbers(offsets, grid, y.shape[-2:], rounded)
     queries = x.flatten(2)
     scores = [(queries * _gather(y, one).squeeze(-1)).sum(1).unsqueeze(-1) for one in indices.split(1, -1)]
     return indices, torch.cat(scores, dim=-1)
 
 
-def pixel_numbers(offsets: Tensor, size: torch.Size, rounded: bool) -> Tensor:
-    """Offsets B,2N,h,w to the numbers `row * W + column` of pixels in a map of `size`, B,hw,N int32. NaN is 0."""
-    place = offsets.unflatten(1, (2, -1)) + pixel_grid(*offsets.shape[-2:], offsets.device).unsqueeze(1)
+def pixel_numbers(offsets: Tensor, grid: Tensor, size: torch.Size, rounded: bool) -> Tensor:
+    """Offsets B,2N,h,w from positions 2,h,w to the numbers `row * W + column` of pixels in a map of `size`, B,hw,N
+    int32. NaN is 0."""
+    place = offsets.unflatten(1, (2, -1)) + grid.unsqueeze(1)
     place = place.nan_to_num(0.0)
     rows, columns = place[:, 0].clamp(0, size[0] - 1), place[:, 1].clamp(0, size[1] - 1)
     if rounded:
@@ -302,7 +330,7 @@ def _gather(values: Tensor, indices: Tensor) -> Tensor:
 
 
 def _as_maps(values: Tensor, size: torch.Size) -> Tensor:
-    """B,hw,N -> B,N,h,w, a view: a pixel's N numbers stay side by side, and convolutions run channels-last on them."""
+    """B,hw,N -> B,N,h,w, a view: a pixel's N numbers stay side by side."""
     return values.transpose(1, 2).unflatten(2, size)
 
 
@@ -315,8 +343,11 @@ def _centred_unit(x: Tensor) -> Tensor:
     return unit(x - x.mean(1, keepdim=True))
 
 
-def _as_large(y: Tensor, x: Tensor) -> Tensor:
-    """The exemplar's features at the condition's size; the release has both of one size."""
-    if not is_open(y.shape[-1]) and y.shape[-2:] == x.shape[-2:]:
-        return y
-    return F.interpolate(y, size=x.shape[-2:], mode="bilinear", align_corners=False)
+def _both(x: Tensor, y: Tensor) -> Tensor:
+    """Both pictures' features B,C,.. as one map B,2C,h,w of x's size; the release has both of one size."""
+    return torch.cat([x, resized(y, x.shape[-2:], mode="bilinear", align_corners=False)], dim=1)
+
+
+def resized(x: Tensor, size: tuple[int, ...], **how: str | bool) -> Tensor:
+    """`F.interpolate` to a size; a map of that size is not copied."""
+    return x if not is_open(x.shape[-1]) and x.shape[-2:] == size else F.interpolate(x, size=size, **how)
