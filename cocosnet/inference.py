@@ -11,6 +11,8 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -221,20 +223,26 @@ class Translator:
 
     @torch.inference_mode()
     def _run(self, record: Record) -> tuple[Pair, Output]:
-        pair = self.load_pair(record)
-        place = {"device": self.device, "memory_format": layout_of(self.model.config)}
+        with self._within_memory(record, "reading it takes more memory than there is"):
+            pair = self.load_pair(record)
+        (height, width), place = pair.condition.shape[-2:], {"memory_format": layout_of(self.model.config)}
         inputs = (pair.condition, pair.exemplar, pair.exemplar_condition)
-        try:
+        with self._within_memory(record, f"{width}x{height} px take more memory than there is ({self.device})"):
+            placed = [x if x is None else x.to(self.device, **place) for x in inputs]
             with autocast(self.precision, self.device), full_float32():
-                return pair, self.model(*(tensor if tensor is None else tensor.to(**place) for tensor in inputs))
+                return pair, self.model(*placed)
+
+    @staticmethod
+    @contextmanager
+    def _within_memory(record: Record, too_much: str) -> Iterator[None]:
+        """What needs more memory than there is becomes a DataError that says what would do."""
+        try:
+            yield
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            height, width = pair.condition.shape[-2:]
-            raise DataError(
-                f"{shown(record.condition)}: {width}x{height} px take more memory than there is ({self.device}); ask "
-                "for a smaller --size"
-            ) from error
+            remedy = "reduce the picture or ask for a smaller --size"
+            raise DataError(f"{shown(record.condition)}: {too_much}; {remedy}") from error
 
     def _condition(self, path: str, raw: bool) -> tuple[Tensor, dict[str, Any]]:
         """The condition tensor 1,C,H,W of a file, and how it came about."""

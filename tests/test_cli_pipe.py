@@ -284,15 +284,18 @@ def short_of_memory(first: list, second: list) -> subprocess.CompletedProcess[st
 
 def test_a_picture_too_large_for_the_memory_does_not_stop_the_others(place, tmp_path):
     Image.new("L", (60000, 32)).save(tmp_path / "long.png")
+    Image.new("RGB", (11000, 9000)).save(tmp_path / "wide.png")  # which to decode takes 300 MB alone
     good, exemplar = place / "edges" / "p0.png", place / "photos" / "p1.png"
-    files = {"long": tmp_path / "long.png", "good": good}
+    files = {"long": tmp_path / "long.png", "wide": tmp_path / "wide.png", "good": good}
     records = [{"id": name, "condition": str(file), "exemplar": str(exemplar)} for name, file in files.items()]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     options = ["-w", place / "tiny.safetensors", "-q", "-o", tmp_path / "o.png"]
     many = ["translate", "-m", tmp_path / "m.jsonl", *options[:-1], tmp_path / "o"]
     done = short_of_memory(["translate", good, exemplar, *options], many)
     assert done.returncode == 4 and done.stdout.splitlines()[1:] == [str(tmp_path / "o" / "good.png")], done.stderr
-    assert len(done.stderr.splitlines()) == 1 and "long.png: 60000x32 px take more memory" in done.stderr
+    long, wide = done.stderr.splitlines()
+    assert "long.png: 60000x32 px take more memory" in long
+    assert "wide.png: reading it takes more memory" in wide
 
 
 @pytest.mark.parametrize("end, short", [("", True), (" descriptor for the convolution", False)])
