@@ -13,6 +13,7 @@ from cocosctl.exits import ExitCode, exit_code_of
 from cocosctl.output import abandon, flush_or_abandon, prepare_streams, say, speaks, writing_stdout
 from cocosctl.registry import LazyGroup
 from cocosnet.errors import CocosError, DataError, Stopped
+from cocosnet.threads import sleep_when_waiting
 
 EPILOG = (
     "Data goes to stdout, everything else to stderr. Exit codes: "
@@ -36,6 +37,7 @@ app = typer.Typer(
 def main() -> NoReturn:
     """Run the command line of this process and exit with its code."""
     prepare_streams()
+    sleep_when_waiting()
     sys.exit(run(sys.argv[1:]))
 
 
