@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +14,7 @@ from cocosctl import options
 from cocosctl.jobs import own_device
 from cocosctl.output import Output
 from cocosnet.config import Config, check_trainable, config_to_dict, config_to_yaml, load_config
-from cocosnet.errors import ConfigError, is_out_of_memory
+from cocosnet.errors import ConfigError, memory_named
 
 SECONDS_BETWEEN_LINES = 10.0
 _TOLD_APART = (  # what the status line has in words of its own
@@ -93,21 +92,19 @@ def _remark(data: Path, config: Config, out: Output) -> None:
         out.note(remark)
 
 
-@contextlib.contextmanager
-def _memory_named() -> Iterator[None]:
+def _memory_named() -> contextlib.AbstractContextManager[None]:
     """A GPU or a machine that is too small is told of with what there is to do about it."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        said = " ".join(str(error).split()).rpartition("DefaultCPUAllocator: ")[2] or "out of memory"
-        reason = ". ".join(said.split(". ")[:2]).rstrip(".")
-        reason = reason if "memory" in reason else f"out of memory ({reason})"
-        raise ConfigError(
-            f"{reason}; raise train.accumulate, set train.checkpointing=true and model.matching.checkpoint=true, or "
-            "lower data.size"
-        ) from error
+    return memory_named(_too_large)
+
+
+def _too_large(error: Exception) -> ConfigError:
+    said = " ".join(str(error).split()).rpartition("DefaultCPUAllocator: ")[2] or "out of memory"
+    reason = ". ".join(said.split(". ")[:2]).rstrip(".")
+    reason = reason if "memory" in reason else f"out of memory ({reason})"
+    return ConfigError(
+        f"{reason}; raise train.accumulate, set train.checkpointing=true and model.matching.checkpoint=true, or "
+        "lower data.size"
+    )
 
 
 def _status(tick: dict[str, Any]) -> str:

@@ -5,6 +5,9 @@ Everything else that is raised is a defect of ours and keeps its traceback.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 
 class CocosError(Exception):
     """Base of all errors with a remedy. The message is one line that names the thing at fault and what to do."""
@@ -53,3 +56,14 @@ def is_out_of_memory(error: Exception) -> bool:
     said = str(error).strip()
     no_room = "can't allocate memory" in said or said.endswith("could not create a primitive")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or no_room
+
+
+@contextlib.contextmanager
+def memory_named(named: Callable[[Exception], CocosError]) -> Iterator[None]:
+    """Around work that may need more memory than there is: that becomes the error that `named` makes of it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise named(error) from error

@@ -326,9 +326,9 @@ def _save_program(traced: torch.export.ExportedProgram, path: Path, texts: dict[
 
 
 def _save_onnx(traced: torch.export.ExportedProgram, path: Path, texts: dict[str, str], outputs: list[str]) -> None:
+    own = {torch.ops.aten.sort.stable: _stable_sort}
     try:
         with _hushed():
-            own = {torch.ops.aten.sort.stable: _stable_sort}
             program = torch.onnx.export(traced, dynamo=True, opset_version=OPSET, output_names=outputs, verbose=False,
                                         custom_translation_table=own)  # fmt: skip
     except torch.onnx.OnnxExporterError as error:

@@ -11,8 +11,6 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +36,7 @@ from cocosnet.data.images import (
 )
 from cocosnet.data.pose import Pose
 from cocosnet.data.records import Record
-from cocosnet.errors import ConfigError, DataError, is_out_of_memory
+from cocosnet.errors import ConfigError, DataError, memory_named
 from cocosnet.files import atomic_path
 from cocosnet.model.build import Model
 from cocosnet.model.cocosnet import Output
@@ -223,26 +221,15 @@ class Translator:
 
     @torch.inference_mode()
     def _run(self, record: Record) -> tuple[Pair, Output]:
-        with self._within_memory(record, "reading it takes more memory than there is"):
+        with memory_named(lambda _: _too_large(record, "reading it takes more memory than there is")):
             pair = self.load_pair(record)
-        (height, width), place = pair.condition.shape[-2:], {"memory_format": layout_of(self.model.config)}
-        inputs = (pair.condition, pair.exemplar, pair.exemplar_condition)
-        with self._within_memory(record, f"{width}x{height} px take more memory than there is ({self.device})"):
-            placed = [x if x is None else x.to(self.device, **place) for x in inputs]
+        height, width = pair.condition.shape[-2:]
+        inputs, layout = (pair.condition, pair.exemplar, pair.exemplar_condition), layout_of(self.model.config)
+        short = f"{width}x{height} px take more memory than there is ({self.device})"
+        with memory_named(lambda _: _too_large(record, short)):
+            placed = [x if x is None else x.to(self.device, memory_format=layout) for x in inputs]
             with autocast(self.precision, self.device), full_float32():
                 return pair, self.model(*placed)
-
-    @staticmethod
-    @contextmanager
-    def _within_memory(record: Record, too_much: str) -> Iterator[None]:
-        """What needs more memory than there is becomes a DataError that says what would do."""
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            remedy = "reduce the picture or ask for a smaller --size"
-            raise DataError(f"{shown(record.condition)}: {too_much}; {remedy}") from error
 
     def _condition(self, path: str, raw: bool) -> tuple[Tensor, dict[str, Any]]:
         """The condition tensor 1,C,H,W of a file, and how it came about."""
@@ -386,3 +373,7 @@ def _large_enough(image: Image.Image, path: str) -> Image.Image:
             f"{shown(path)}: {image.width}x{image.height} px is too small to match; use at least {MIN_SIDE} px a side"
         )
     return image
+
+
+def _too_large(record: Record, reason: str) -> DataError:
+    return DataError(f"{shown(record.condition)}: {reason}; reduce the picture or ask for a smaller --size")

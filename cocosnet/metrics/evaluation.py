@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import platform
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from cocosnet.data.images import SUFFIXES, find_images, load_labels, load_rgb, shown
 from cocosnet.data.records import PATH_FIELDS, Record
-from cocosnet.errors import ConfigError, DataError, is_out_of_memory
+from cocosnet.errors import ConfigError, DataError, memory_named
 from cocosnet.metrics.base import size_text
 from cocosnet.metrics.registry import get_metric
 from cocosnet.metrics.shards import ALONE, Shards
@@ -178,7 +177,7 @@ class Evaluation:
         scores: list[dict[str, float | None]] = [{} for _ in batch]
         for name, metric in self.metrics.items():
             start = time.perf_counter()
-            with _memory_named(name, batch[0], self._device):
+            with memory_named(lambda _, name=name: _too_large(name, batch[0], self._device)):
                 found = metric.update(*(pictures[role] for role in metric.needs))
             if self._device.type == "cuda":
                 torch.cuda.synchronize()
@@ -229,19 +228,12 @@ class _Pair:
         return max(picture.shape[-2:].numel() for picture in self.pictures.values())
 
 
-@contextlib.contextmanager
-def _memory_named(metric: str, pair: _Pair, device: torch.device) -> Iterator[None]:
-    """Raises DataError with what to do where a metric needs more memory than there is."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        sizes = ", ".join(dict.fromkeys(size_text(picture) for picture in pair.pictures.values()))
-        raise DataError(
-            f"{shown(pair.record.id)}: {metric} of {sizes} px takes more memory than there is ({device}); leave this "
-            "metric out, measure smaller pictures, or take another --device"
-        ) from error
+def _too_large(metric: str, pair: _Pair, device: torch.device) -> DataError:
+    sizes = ", ".join(dict.fromkeys(size_text(picture) for picture in pair.pictures.values()))
+    return DataError(
+        f"{shown(pair.record.id)}: {metric} of {sizes} px takes more memory than there is ({device}); leave this "
+        "metric out, measure smaller pictures, or take another --device"
+    )
 
 
 @dataclass
