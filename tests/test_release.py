@@ -18,6 +18,7 @@ from cocosnet.config import MatchingConfig
 from cocosnet.convert import convert_release
 from cocosnet.errors import CheckpointError
 from cocosnet.model import layers, release, release_matching
+from cocosnet.model.warp import pixel_grid
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +90,13 @@ def test_compiled_scores_are_the_definition_to_the_last_bit(channels, axis, roun
     # As many pixels as fill vector registers: for the rest PyTorch itself adds in another order.
     x, y = torch.randn(2, channels, 16, 24), torch.randn(2, channels, 8, 32)
     offsets = 6 * torch.randn(2, 10, 16, 24)
-    found = release_compiled.score(offsets, axis, x, y, rounded)
-    defined = release_matching.reference_score(offsets, axis, x, y, rounded)
+    grid = pixel_grid(16, 24)
+    found = release_compiled.score(offsets, axis, x, y, grid, rounded)
+    defined = release_matching.reference_score(offsets, axis, x, y, grid, rounded)
     assert all(torch.equal(a, b) for a, b in zip(found, defined))
     order = torch.randint(0, defined[0].shape[-1], (2, 16 * 24, 5))
-    plain = release_matching.reference_offsets(defined[0], order, x.shape[-2:], 32)
-    assert torch.equal(release_compiled.to_offsets(defined[0], order, x.shape[-2:], 32), plain)
+    plain = release_matching.reference_offsets(defined[0], order, grid, 32)
+    assert torch.equal(release_compiled.to_offsets(defined[0], order, grid, 32), plain)
 
 
 @pytest.mark.parametrize("offset", [float("nan"), float("inf"), -float("inf"), 1e30])
@@ -104,7 +106,8 @@ def test_an_offset_that_points_nowhere_stays_inside_the_map(offset):
 
     x, offsets = torch.randn(1, 32, 8, 8), torch.zeros(1, 8, 8, 8)
     offsets[0, 0, 3, 3] = offsets[0, 4, 5, 5] = offset
-    found, defined = (f(offsets, -1, x, x) for f in (release_compiled.score, release_matching.reference_score))
+    grid = pixel_grid(8, 8)
+    found, defined = (f(offsets, -1, x, x, grid) for f in (release_compiled.score, release_matching.reference_score))
     assert all(torch.equal(a, b) for a, b in zip(found, defined))
     assert found[0].min() >= 0 and found[0].max() < 64
 
@@ -114,9 +117,10 @@ def test_a_frozen_models_scores_are_compiled_also_where_gradients_are_on(monkeyp
     pytest.importorskip("numba")
     monkeypatch.setattr(release_matching, "reference_score", None)
     x, y, offsets = torch.randn(1, 4, 6, 5), torch.randn(1, 4, 6, 5), torch.randn(1, 4, 6, 5)
-    assert torch.is_grad_enabled() and release_matching.score(offsets, -1, x, y)[1].shape == (1, 30, 6)
+    grid = pixel_grid(6, 5)
+    assert torch.is_grad_enabled() and release_matching.score(offsets, -1, x, y, grid)[1].shape == (1, 30, 6)
     with pytest.raises(TypeError):  # numbers that a gradient has to reach are PyTorch's
-        release_matching.score(offsets, -1, x, y.requires_grad_())
+        release_matching.score(offsets, -1, x, y.requires_grad_(), grid)
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ BLOCK = 16  # numbers that PyTorch adds one after the other before it joins part
 
 @torch_threads()
 def score(
-    offsets: Tensor, axis: int | None, x: Tensor, y: Tensor, rounded: bool = False, grid: Tensor | None = None
+    offsets: Tensor, axis: int | None, x: Tensor, y: Tensor, grid: Tensor, rounded: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`release_matching.score`, float32 on the CPU: the same arguments, and the same numbers to the last bit."""
     batch, both, height, width = offsets.shape
@@ -30,18 +30,18 @@ def score(
 
 
 @torch_threads()
-def to_offsets(indices: Tensor, order: Tensor, size: torch.Size, columns: int, grid: Tensor | None = None) -> Tensor:
+def to_offsets(indices: Tensor, order: Tensor, grid: Tensor, columns: int) -> Tensor:
     """`release_matching.to_offsets` on the CPU: the same arguments and numbers."""
-    offsets = torch.empty(indices.shape[0], 2 * order.shape[-1], *size)
+    offsets = torch.empty(indices.shape[0], 2 * order.shape[-1], *grid.shape[-2:])
     for b in range(indices.shape[0]):
         chosen = indices[b].contiguous().numpy(), order[b].contiguous().numpy()
         _to_offsets(*chosen, columns, _top(grid), offsets[b].numpy())
     return offsets
 
 
-def _top(grid: Tensor | None) -> int:
+def _top(grid: Tensor) -> int:
     """The number of the first of the rows that are given."""
-    return 0 if grid is None else int(grid[0, 0, 0])
+    return int(grid[0, 0, 0])
 
 
 @numba.njit(parallel=True, cache=True, boundscheck=False)

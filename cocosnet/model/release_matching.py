@@ -123,7 +123,7 @@ class ReleasePatchMatch(nn.Module):
     def _read(self, offsets: Tensor, x: Tensor, grid: Tensor, *, y: Tensor, exemplar: Tensor) -> tuple[Tensor, ...]:
         """Positions B,K,2,h,w, their cosines B,K,h,w and the warp B,3,h,w of some rows, as `_keep_best`."""
         size = x.shape[-2:]
-        indices, scores = score(offsets, None, x, y, self.fixed, grid)
+        indices, scores = score(offsets, None, x, y, grid, self.fixed)
         weights = torch.softmax(scores / self.temperature, dim=-1)
         warp = (_gather(exemplar, indices) * weights.unsqueeze(1)).sum(-1).unflatten(2, size)
         return places(indices, size, y.shape[-1]), _as_maps(scores, size), warp
@@ -149,14 +149,14 @@ class ReleasePatchMatch(nn.Module):
     def _keep_best(self, offsets: Tensor, x: Tensor, grid: Tensor, *, y: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         """`keep_best` of some rows, whose pixels' own positions are grid 2,h,w."""
         size = offsets.shape[-2:]
-        indices, scores = score(offsets, axis, x, y, self.fixed, grid)
+        indices, scores = score(offsets, axis, x, y, grid, self.fixed)
         if self.fixed:
             distinct = drop_duplicates(places(indices, size, y.shape[-1]), _as_maps(scores, size))
             scores = distinct.flatten(2).transpose(1, 2)
         scores = torch.softmax(scores.div_(self.temperature), dim=-1)  # in place: there are three times K of them
         weights, order = scores.topk(offsets.shape[1] // 2, dim=-1)
         # In the plain layout, in which the refinement's sums run for one pair in the release.
-        return to_offsets(indices, order, size, y.shape[-1], grid), _as_maps(weights, size).contiguous()
+        return to_offsets(indices, order, grid, y.shape[-1]), _as_maps(weights, size).contiguous()
 
 
 class ReleaseRefinement(nn.Module):
@@ -258,47 +258,42 @@ def places(indices: Tensor, size: torch.Size, columns: int) -> Tensor:
     return flat.permute(0, 2, 3, 1).unflatten(3, size)
 
 
-def to_offsets(indices: Tensor, order: Tensor, size: torch.Size, columns: int, grid: Tensor | None = None) -> Tensor:
+def to_offsets(indices: Tensor, order: Tensor, grid: Tensor, columns: int) -> Tensor:
     """Offsets B,2K,h,w of the candidates `order` (B,hw,K) among numbers of pixels (B,hw,N).
 
-    size: h,w of the condition's map; columns: those of the exemplar's; grid: as for `score`.
+    grid: as for `score`; columns: those of the exemplar's map.
     """
     compiled = compiled_module("release_compiled")[0] if is_plain(indices) else None
-    return (reference_offsets if compiled is None else compiled.to_offsets)(indices, order, size, columns, grid)
+    return (reference_offsets if compiled is None else compiled.to_offsets)(indices, order, grid, columns)
 
 
-def reference_offsets(
-    indices: Tensor, order: Tensor, size: torch.Size, columns: int, grid: Tensor | None = None
-) -> Tensor:
+def reference_offsets(indices: Tensor, order: Tensor, grid: Tensor, columns: int) -> Tensor:
     """The definition of `to_offsets`, in plain PyTorch."""
-    kept = places(indices.gather(-1, order), size, columns) - (
-        pixel_grid(*size, indices.device) if grid is None else grid
-    )
+    kept = places(indices.gather(-1, order), grid.shape[-2:], columns) - grid
     return kept.transpose(1, 2).flatten(1, 2)
 
 
 def score(
-    offsets: Tensor, axis: int | None, x: Tensor, y: Tensor, rounded: bool = False, grid: Tensor | None = None
+    offsets: Tensor, axis: int | None, x: Tensor, y: Tensor, grid: Tensor, rounded: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Numbers of the pixels that candidates point to, and their dot products, B,hw,N int32 and float32.
 
     offsets B,2K,h,w; x B,C,h,w and y B,C,H,W. Along an `axis` the candidates of both neighbours join: N = 3K, else K.
-    rounded: rows and columns are rounded apart, instead of the number being cut. grid: 2,h,w, the pixels' own
-    positions, where offsets and x are some rows of a map instead of a whole one.
+    grid: 2,h,w, the pixels' own positions, which do not start at 0 where offsets and x are some rows of a map.
+    rounded: rows and columns are rounded apart, instead of the number being cut.
 
     Compiled on a CPU where numba loads, and never while a gradient is recorded or the graph is traced.
     """
     plain = is_plain(offsets, x, y) and x.dtype == torch.float32
     compiled = compiled_module("release_compiled")[0] if plain else None
-    return (reference_score if compiled is None else compiled.score)(offsets, axis, x, y, rounded, grid)
+    return (reference_score if compiled is None else compiled.score)(offsets, axis, x, y, grid, rounded)
 
 
 def reference_score(
-    offsets: Tensor, axis: int | None, x: Tensor, y: Tensor, rounded: bool = False, grid: Tensor | None = None
+    offsets: Tensor, axis: int | None, x: Tensor, y: Tensor, grid: Tensor, rounded: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The definition of `score`, in plain PyTorch, a candidate at a time."""
     offsets = offsets if axis is None else neighbours(offsets, axis)
-    grid = pixel_grid(*x.shape[-2:], x.device) if grid is None else grid
     indices = pixel_numbers(offsets, grid, y.shape[-2:], rounded)
     queries = x.flatten(2)
     scores = [(queries * _gather(y, one).squeeze(-1)).sum(1).unsqueeze(-1) for one in indices.split(1, -1)]
