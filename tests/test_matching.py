@@ -260,9 +260,10 @@ def test_the_releases_compiled_scores_leave_the_number_of_threads_alone():
     program = """if True:
         import torch
         from cocosnet.model import release_compiled
+        from cocosnet.model.warp import pixel_grid
         torch.set_num_threads(1)
         x = torch.randn(1, 16, 8, 8)
-        release_compiled.score(torch.zeros(1, 4, 8, 8), -1, x, x)
+        release_compiled.score(torch.zeros(1, 4, 8, 8), -1, x, x, pixel_grid(8, 8))
         print(torch.get_num_threads())"""
     assert_one_thread(program)
 
