@@ -1,6 +1,24 @@
-"""`python -m cocosctl` is `cocosctl`."""
+"""`python -m cocosctl` is `cocosctl`: where a process starts, before anything is loaded."""
 
-from cocosctl.app import main
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+
+def main() -> NoReturn:
+    """Run the command line of this process and exit with its code. Ctrl-C while it loads ends as it does later."""
+    try:
+        from cocosctl import app
+
+        app.main()
+    except KeyboardInterrupt:
+        from cocosctl.exits import ExitCode
+        from cocosctl.output import say
+
+        say("interrupted")
+        sys.exit(ExitCode.INTERRUPTED)
+
 
 if __name__ == "__main__":
     main()

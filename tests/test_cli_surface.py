@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import typer
@@ -74,6 +75,23 @@ def test_help_is_quick_and_imports_no_torch():
         [sys.executable, "-c", report], capture_output=True, text=True, env=clean_environment(), check=True
     )
     assert shown.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("loaded", ["typer", "cocosctl.app", "cocosctl.registry"])
+def test_an_interrupt_while_the_command_loads_is_told_in_one_line(loaded, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(name, path, target=None):\n"
+        f"        if name == {loaded!r}:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupted)\n"
+    )
+    command = Path(sys.executable).parent / "cocosctl"
+    for start in ([command], [sys.executable, "-m", "cocosctl"]):
+        environment = clean_environment(PYTHONPATH=str(tmp_path))
+        ended = subprocess.run([*start, "--version"], capture_output=True, text=True, env=environment)
+        assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "cocosctl: interrupted\n")
 
 
 @pytest.mark.parametrize(

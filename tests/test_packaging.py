@@ -72,7 +72,7 @@ def test_only_two_packages_are_importable(wheel):
 
 def test_the_command_and_the_licence_are_declared(wheel):
     info = next(name.partition("/")[0] for name in wheel.namelist() if ".dist-info/" in name)
-    assert "cocosctl = cocosctl.app:main" in wheel.read(f"{info}/entry_points.txt").decode()
+    assert "cocosctl = cocosctl.__main__:main" in wheel.read(f"{info}/entry_points.txt").decode()
     metadata = wheel.read(f"{info}/METADATA").decode()
     assert "License-Expression: MIT" in metadata and f"{info}/licenses/LICENSE" in wheel.namelist()
 
