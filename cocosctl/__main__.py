@@ -7,7 +7,7 @@ from typing import NoReturn
 
 
 def main() -> NoReturn:
-    """Run the command line of this process and exit with its code. Ctrl-C while it loads ends as it does later."""
+    """Run the command line of this process and exit with its code. Ctrl-C ends here, also while it loads."""
     try:
         from cocosctl import app
 

@@ -46,7 +46,7 @@ def run(arguments: list[str]) -> int:
 
     A user's mistake is one line on stderr, with the traceback before it where COCOSCTL_DEBUG=1, and so is what the
     system refuses (a name too long, a full disk) and a package of others' that does not load. Any other exception is a
-    defect and is raised.
+    defect and is raised. Ctrl-C is told by `__main__`, which hears it also while this loads.
     """
     try:
         _check_folder()
@@ -57,9 +57,6 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:
         abandon(sys.stdout)
         return ExitCode.READER_GONE
-    except KeyboardInterrupt:
-        say("interrupted")
-        return ExitCode.INTERRUPTED
     except CocosError as error:
         _debug()
         say(str(error) if isinstance(error, Stopped) else f"error: {error}")

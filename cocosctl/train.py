@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from datetime import timedelta
 from pathlib import Path
@@ -50,7 +49,7 @@ def train(
     flags = [f"train.{key}={value}" for key, value in named.items() if value is not None]
     resolved = load_config(config, (overrides or []) + flags)
     check_trainable(resolved)
-    with _memory_named():
+    with memory_named(_too_large):
         if dry_run:
             if data.exists():
                 _check(data, resolved, out)
@@ -92,12 +91,8 @@ def _remark(data: Path, config: Config, out: Output) -> None:
         out.note(remark)
 
 
-def _memory_named() -> contextlib.AbstractContextManager[None]:
-    """A GPU or a machine that is too small is told of with what there is to do about it."""
-    return memory_named(_too_large)
-
-
 def _too_large(error: Exception) -> ConfigError:
+    """What a GPU or a machine that is too small said, and what there is to do about it."""
     said = " ".join(str(error).split()).rpartition("DefaultCPUAllocator: ")[2] or "out of memory"
     reason = ". ".join(said.split(". ")[:2]).rstrip(".")
     reason = reason if "memory" in reason else f"out of memory ({reason})"

@@ -12,12 +12,12 @@ import torch
 from train_tools import prepared_folder, tiny
 
 from cocosctl.app import run
-from cocosctl.train import _memory_named, _status
+from cocosctl.train import _status, _too_large
 from cocosnet.checkpoint import read_metadata
 from cocosnet.config import PRESET_FOLDER, LossConfig, load_config, preset_names
 from cocosnet.data.dataset import PairDataset
 from cocosnet.data.records import DATASET_NAME, MANIFEST_NAME
-from cocosnet.errors import CheckpointError, ConfigError, OutputError
+from cocosnet.errors import CheckpointError, ConfigError, OutputError, memory_named
 from cocosnet.train.estimate import estimate
 from cocosnet.train.networks import build_networks
 from cocosnet.train.runlog import TensorBoard
@@ -187,22 +187,22 @@ def test_a_gpu_that_is_too_small_is_a_line_with_what_to_do():
         "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which\n 1 is free."
     )
     with pytest.raises(ConfigError, match="^CUDA out of memory. Tried to allocate 2.00 GiB; raise train.accumulate,"):
-        with _memory_named():
+        with memory_named(_too_large):
             raise torch.OutOfMemoryError(said)
 
 
 def test_a_machine_that_is_too_small_is_such_a_line_too_and_another_error_stays_what_it_is():
     with pytest.raises(ConfigError, match="^can't allocate memory: you tried to allocate .*; raise train.accumulate,"):
-        with _memory_named():
+        with memory_named(_too_large):
             torch.empty(2**60, dtype=torch.uint8)
     with pytest.raises(ConfigError, match="^out of memory; raise train.accumulate,"):
-        with _memory_named():
+        with memory_named(_too_large):
             bytearray(2**62)
     with pytest.raises(ConfigError, match=r"^out of memory \(could not create a primitive\); raise train.accumulate,"):
-        with _memory_named():
+        with memory_named(_too_large):
             raise RuntimeError("could not create a primitive\n")
     with pytest.raises(RuntimeError, match="shape"):
-        with _memory_named():
+        with memory_named(_too_large):
             torch.zeros(3).view(2)
 
 
