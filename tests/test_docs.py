@@ -7,12 +7,14 @@ import shlex
 from pathlib import Path
 
 import pytest
+import typer
 from cli_tools import ROOT
 
-from cocosctl.registry import ALIASES, COMMANDS, load_command
+from cocosctl.app import app
 from cocosnet.config import load_config
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "datasets").glob("**/*.md"))]
+ROOT_COMMAND = typer.main.get_command(app)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -50,23 +52,21 @@ def test_the_pages_show_commands():
 
 
 def shown_commands(text: str) -> list[list[str]]:
-    """The words after `cocosctl` in indented lines and in code within sentences, of commands and not of prose."""
-    lines = re.sub(r"\\\n\s*", " ", text).splitlines()
-    code = [line for line in lines if line.startswith("    ")]
-    code += [span for line in lines if not line.startswith("    ") for span in re.findall(r"`([^`]+)`", line)]
+    """The words after `cocosctl` in blocks of code and in code within sentences, of commands and not of prose."""
+    text = re.sub(r"\\\n\s*", " ", text)
+    fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL).splitlines()
+    code = [line for block in fenced for line in block.splitlines()]
+    code += [line for line in prose if line.startswith("    ")]
+    code += [span for line in prose if not line.startswith("    ") for span in re.findall(r"`([^`]+)`", line)]
     parts = [part for piece in code for part in re.split(r"[|;]|&&", piece.split(" # ")[0])]
     found = [match[1].strip("\"' ") for part in parts if (match := re.match(r"\s*(?:\S+ )*?cocosctl +(.+)", part))]
-    return [words for words in map(shlex.split, found) if ALIASES.get(words[0], words[0]) in names()]
-
-
-def names() -> set[str]:
-    return {command.name for command in COMMANDS}
+    return [words for words in map(shlex.split, found) if ROOT_COMMAND.get_command(None, words[0])]
 
 
 def find(words: list[str]) -> tuple:
     """The command that these words call, and its arguments."""
-    name = ALIASES.get(words[0], words[0])
-    command, rest = load_command(next(row for row in COMMANDS if row.name == name)), words[1:]
-    while hasattr(command, "commands") and rest and rest[0] in command.commands:
-        command, rest = command.commands[rest[0]], rest[1:]
-    return command, rest
+    command = ROOT_COMMAND
+    while hasattr(command, "commands") and words and (child := command.get_command(None, words[0])):
+        command, words = child, words[1:]
+    return command, words
