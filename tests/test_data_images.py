@@ -181,6 +181,22 @@ def test_find_images_is_recursive_sorted_and_passes_over_hidden_ones(tmp_path: P
         find_images(tmp_path / "absent")
 
 
+def test_links_to_folders_are_followed_and_each_folder_is_listed_once(tmp_path: Path) -> None:
+    """A link that comes first by name, two to one folder, one to a folder above, and one to the own output."""
+    photos, disk = tmp_path / "photos", tmp_path / "disk"
+    for path in (photos / "z" / "1.png", disk / "deep" / "2.png", disk / "out" / "made.png"):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"x")
+    links = {"a": photos / "z", "b": disk, "c": disk / "deep", "top": photos, "made": disk / "out"}
+    for name, target in links.items():
+        (photos / name).symlink_to(target)
+    (disk / "deep" / "above").symlink_to(tmp_path)
+    found = find_images(photos, exclude=[disk / "out"])
+    assert [str(path.relative_to(photos)) for path in found] == ["b/deep/2.png", "z/1.png"]
+    (tmp_path / "way").symlink_to(photos)
+    assert len(find_images(tmp_path / "way", exclude=[disk / "out"])) == 2
+
+
 def test_pictures_that_are_not_read_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("a.png", "b.jfif", "IMG_1.HEIC", "IMG_2.heic", "c.avif", "notes.txt"):
         (tmp_path / name).write_bytes(b"x")

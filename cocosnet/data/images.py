@@ -55,9 +55,10 @@ UNLISTED = "cannot list this folder; check its permissions"
 def find_images(folder: str | Path, exclude: Sequence[str | Path] = ()) -> list[Path]:
     """Paths of the pictures in `folder` and below, by suffix, sorted; hidden files and folders are passed over.
 
-    Folders that are links are not entered. `exclude` names folders to leave out, such as one's own output. A folder
-    below that cannot be listed is in the answer itself, so that reading it tells why its pictures are missing. A
-    warning tells of pictures in formats that are not read.
+    Links to folders are followed. A folder that is reached in several ways is listed once, by its own name if it lies
+    in `folder`. `exclude` names folders to leave out, such as one's own output. A folder below that cannot be listed
+    is in the answer itself, so that reading it tells why its pictures are missing. A warning tells of pictures in
+    formats that are not read.
 
     Raises:
         DataError: `folder` is not a folder, or cannot be listed.
@@ -65,8 +66,7 @@ def find_images(folder: str | Path, exclude: Sequence[str | Path] = ()) -> list[
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{shown(folder)}: no such folder; give the folder that holds the pictures")
-    refused: list[Path] = []
-    files = [*_walk(folder, {os.path.realpath(place) for place in exclude}, refused)]
+    files, refused = find_files(folder, exclude)
     if folder in refused:
         raise DataError(f"{shown(folder)}: {UNLISTED}")
     foreign = Counter(path.suffix.lower() for path in files if path.name.lower().endswith(FOREIGN_SUFFIXES))
@@ -76,15 +76,20 @@ def find_images(folder: str | Path, exclude: Sequence[str | Path] = ()) -> list[
     return sorted([*(path for path in files if path.name.lower().endswith(SUFFIXES)), *refused])
 
 
-def _walk(folder: Path, excluded: set[str], refused: list[Path]) -> Iterator[Path]:
-    """All files that are not hidden."""
-    for place, folders, names in os.walk(folder, onerror=lambda error: refused.append(Path(error.filename))):
-        folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".") and os.path.realpath(os.path.join(place, name)) not in excluded
-        ]
-        yield from (Path(place, name) for name in names if not name.startswith("."))
+def find_files(folder: Path, exclude: Sequence[str | Path] = ()) -> tuple[list[Path], list[Path]]:
+    """All files in `folder` and below that `find_images` would look at, whatever they hold; and unlistable folders."""
+    passed = {os.path.realpath(place) for place in exclude} - {os.path.realpath(folder)}
+    starts, files, refused = [os.fspath(folder)], [], []
+    for start in starts:  # grows by the links that are met, so that they come after all folders' own names
+        for place, folders, names in os.walk(start, onerror=lambda error: refused.append(Path(error.filename))):
+            if (real := os.path.realpath(place)) in passed:
+                folders.clear()
+                continue
+            passed.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            starts += [path for name in folders if os.path.islink(path := os.path.join(place, name))]
+            files += [Path(place, name) for name in names if not name.startswith(".")]
+    return files, refused
 
 
 def load_rgb(path: str | Path, shorter: int | None = None) -> Image.Image:

@@ -20,7 +20,7 @@ import yaml
 from cocosnet.config import Config, PrepareConfig, config_from_dict, merge_overrides
 from cocosnet.data.crop import load_landmarks
 from cocosnet.data.extractors import extractor_names, names_detector
-from cocosnet.data.images import SUFFIXES, find_images, shown
+from cocosnet.data.images import SUFFIXES, find_files, find_images, shown
 from cocosnet.data.labels import PARTS, read_labels, read_palette
 from cocosnet.data.pose import POSE_SUFFIXES
 from cocosnet.data.records import is_prepared
@@ -183,7 +183,7 @@ def _finder(source: Path, root: Path, labels: Path | None, config: Config) -> An
 def _stems(folder: Path, task: str) -> dict[str, Path]:
     if task != "pose":
         return {_stem(path, folder): path for path in find_images(folder)}
-    found = sorted(path for path in folder.rglob("*") if path.suffix in POSE_SUFFIXES and path.is_file())
+    found = sorted(path for path in find_files(folder)[0] if path.suffix in POSE_SUFFIXES and path.is_file())
     return {_pose_stem(_stem(path, folder)): path for path in found if not path.name.endswith("_subset.txt")}
 
 
