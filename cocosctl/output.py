@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from cocosnet.data.records import Record, finite
@@ -38,13 +39,16 @@ class Output:
         logging.getLogger("cocosnet").setLevel(logging.INFO)
 
     def record(self, record: Record, role: str = "output") -> None:
-        """Send one record on: as JSON, or as the path of its `role`. A failed one is also told on stderr."""
+        """Send one record on: as JSON, or as the path of its `role`. A failed one is also told on stderr.
+
+        Paths in JSON are absolute, so that what is stored in whatever folder is a manifest.
+        """
         if self.mute:
             return
         if record.failed:
             self.error(f"{record.id}: {record.error}")
         if self.as_json:
-            self._send(record.to_json())
+            self._send((record if record.failed else record.rebased(_absolute)).to_json())
         elif not record.failed:
             self._send((getattr(record, role) or "").replace("\r", "\\r").replace("\n", "\\n"))  # one path a line
 
@@ -196,3 +200,7 @@ def _readable(value: Any) -> str:
 def _json(value: Any) -> str:
     """One line of JSON; numbers that JSON has no word for (NaN, infinities) become null."""
     return json.dumps(finite(value), allow_nan=False)
+
+
+def _absolute(name: str) -> str:
+    return str(Path(name).absolute()) if name else name

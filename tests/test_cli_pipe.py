@@ -109,6 +109,17 @@ def test_the_pipe_ends_in_one_object(place):
     assert len(list((place / "T").glob("*.png"))) == 4
 
 
+def test_records_that_are_stored_in_another_folder_are_a_manifest_there(place):
+    done = bash(
+        f"mkdir far && {CLI} prepare photos --task edge --edges image --labels edges --size 32 --limit 2 -o P3 --json"
+        f" > far/pairs.jsonl && {CLI} translate -m far/pairs.jsonl --weights tiny.safetensors -o T3 --json"
+        f" > far/made.jsonl && cd far && {CLI} eval -m made.jsonl --metrics psnr --json",
+        place,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [(result["count"], result["failed"]) for result in lines(done.stdout)] == [(2, 0)]
+
+
 @pytest.mark.parametrize(
     "command",
     [

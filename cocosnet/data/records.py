@@ -4,6 +4,7 @@
      "output": .., "status": "ok|skipped|error", "error": .., "seconds": .., <unknown keys pass through>}
 
 Paths in a manifest file are relative to the manifest's folder; paths on a stream are relative to the working folder.
+Commands print absolute ones, which are right in both.
 A record whose status is "error" travels on untouched, so that the last command of a pipe still knows of it.
 """
 
