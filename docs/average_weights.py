@@ -3,8 +3,9 @@
 For checkpoints of one training, as in Izmailov et al., "Averaging Weights Leads to Wider Optima and Better
 Generalization" (2018). A MODEL is a file, a run or a name; OUT gets the config of the last one.
 
-All tensors are averaged, spectral norm's two vectors of each layer, too. A mean of unit vectors is a little shorter (0.97
-to 1 in `demo`), and the largest singular value that they estimate with it, so that such a layer weighs a few percent more.
+All tensors are averaged, also the two vectors that spectral norm keeps of each layer. A mean of unit vectors is a
+little shorter (0.97 to 1 in `demo`), and so is the largest singular value that they give: such a layer weighs a few
+percent more.
 """
 
 from __future__ import annotations
