@@ -148,12 +148,16 @@ def _folded(state: dict[str, Tensor], path: Path) -> _File:
 
 
 def _singular_value(weight: Tensor, u: Tensor | None, v: Tensor | None) -> Tensor | None:
-    """u W v, or None where the three do not fit each other."""
+    """u W v, or None where the three do not fit each other.
+
+    Of copies in memory of PyTorch's own: the math library adds in another order where a vector does not begin at a
+    multiple of 64 bytes, as in a file that was read whole, and matching turns on the last bits.
+    """
     if u is None or v is None or weight.dim() < 2:
         return None
     matrix = weight.flatten(1)
     fits = u.shape == matrix.shape[:1] and v.shape == matrix.shape[1:]
-    return torch.dot(u, torch.mv(matrix, v)) if fits else None
+    return torch.dot(u.clone(), torch.mv(matrix.clone(), v.clone())) if fits else None
 
 
 def _twice(state: dict[str, Tensor]) -> dict[str, Tensor]:

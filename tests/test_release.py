@@ -6,17 +6,19 @@ import copy
 import json
 import math
 import pickle
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cli_tools import lines, run
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cocosnet.checkpoint import load_model, save_model
 from cocosnet.config import MatchingConfig
-from cocosnet.convert import convert_release
+from cocosnet.convert import _singular_value, convert_release
 from cocosnet.errors import CheckpointError
 from cocosnet.model import layers, release, release_matching
 from cocosnet.model.warp import pixel_grid
@@ -39,6 +41,13 @@ def model(golden):
 def io(golden):
     tensors = load_file(golden / "io.safetensors")
     return tensors | {"condition": tensors["condition_u8"] / 255, "exemplar": tensors["exemplar_u8"] / 255 * 2 - 1}
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @torch.inference_mode()
@@ -80,7 +89,9 @@ def test_the_generator_and_the_coarse_level_are_the_releases(model, io):
 
 
 @torch.inference_mode()
-def test_all_levels_are_the_releases_where_the_processor_rounds_alike(model, io, golden):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_all_levels_are_the_releases_where_the_processor_rounds_alike(model, io, golden, threads, set_threads):
+    set_threads(threads)
     features = model.condition_encoder(io["condition"])
     if not torch.equal(features[0], io["condition_feature_0"]):
         pytest.skip("this processor's math library rounds otherwise than the one of the golden case: docs/release.md")
@@ -90,6 +101,29 @@ def test_all_levels_are_the_releases_where_the_processor_rounds_alike(model, io,
     for level, warp in enumerate(out.warps):
         assert ((warp - io[f"warp_{level}"]).abs().amax(1) < 1e-3).float().mean() > 0.99, level
     assert (out.image - io["fake_image"]).abs().mean() < 1e-3
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("shape", [(1, 4, 128, 128), (1, 8, 40, 64), (2, 8, 40, 64), (1, 32, 40, 64), (3, 128, 5, 7)])
+def test_a_convolution_of_one_pixel_is_the_same_with_any_number_of_threads(shape, set_threads):
+    torch.manual_seed(4)
+    layer, x = release_matching.Pointwise(shape[1], 32, 1), torch.randn(shape)
+    found = []
+    for threads in (1, 2):
+        set_threads(threads)
+        found.append(layer(x))
+    assert torch.equal(*found)
+    assert torch.equal(found[1], F.conv2d(x, layer.weight, layer.bias))
+
+
+def test_a_singular_value_is_the_same_wherever_in_memory_its_vectors_begin():
+    """PyTorch's own tensors begin at multiples of 64 bytes, those of a file that was read whole do not."""
+    torch.manual_seed(8)
+    weight, u, v = torch.randn(64, 32, 4, 4), torch.randn(64), torch.randn(512)
+    aligned = torch.dot(u, torch.mv(weight.flatten(1), v))
+    for shift in range(1, 16):
+        moved = [torch.cat([torch.zeros(shift), x.flatten()])[shift:].view(x.shape) for x in (weight, u, v)]
+        assert torch.equal(_singular_value(*moved), aligned)
 
 
 @pytest.mark.parametrize("channels", [4, 16, 20, 32])

@@ -34,6 +34,7 @@ ORDERS = {"horizontal-first": (-1, -2), "vertical-first": (-2, -1)}  # axes of a
 COARSE_CHUNK = 2**24  # similarities held at once at the coarse level: those of 64x64 positions all together
 HALO = 11  # rows that a refined row depends on above and below: 3 + 1 + 1 of the encoder, 4 of the GRU, 2 of the head
 MOTION = 64  # channels of the motion encoder's and the head's hidden layers
+SMALL = 20480  # numbers: of one picture's map of no more PyTorch makes a convolution without oneDNN
 
 
 class ReleaseHierarchy(nn.Module):
@@ -41,8 +42,8 @@ class ReleaseHierarchy(nn.Module):
 
     def __init__(self, widths: Sequence[int], config: MatchingConfig):
         super().__init__()
-        self.theta = nn.ModuleList(nn.Conv2d(width, config.channels, 1) for width in widths)
-        self.phi = nn.ModuleList(nn.Conv2d(width, config.channels, 1) for width in widths)
+        self.theta = nn.ModuleList(Pointwise(width, config.channels, 1) for width in widths)
+        self.phi = nn.ModuleList(Pointwise(width, config.channels, 1) for width in widths)
         self.patch_match = ReleasePatchMatch(config)
         self.temperature, self.iterations = config.temperature, config.iterations
 
@@ -181,7 +182,7 @@ class ReleaseRefinement(nn.Module):
 class _MotionEncoder(nn.Module):
     def __init__(self, candidates: int, hidden: int):
         super().__init__()
-        self.convc1, self.convc2 = nn.Conv2d(candidates, MOTION, 1), nn.Conv2d(MOTION, MOTION, 3, padding=1)
+        self.convc1, self.convc2 = Pointwise(candidates, MOTION, 1), nn.Conv2d(MOTION, MOTION, 3, padding=1)
         self.convf1 = nn.Conv2d(2 * candidates, MOTION, 7, padding=3)
         self.convf2 = nn.Conv2d(MOTION, MOTION, 3, padding=1)
         self.conv = nn.Conv2d(2 * MOTION, hidden, 3, padding=1)
@@ -219,6 +220,24 @@ class _Head(nn.Module):
 
     def forward(self, state: Tensor) -> Tensor:
         return self.conv2(F.relu(self.conv1(state)))
+
+
+class Pointwise(nn.Conv2d):
+    """A convolution of one pixel, by the same library whatever the number of threads.
+
+    That is oneDNN, but for small maps. With a single thread PyTorch takes another one, which adds the bias last
+    instead of first.
+    """
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        plain = is_plain(x, weight) and x.dtype == weight.dtype == torch.float32  # first: a traced graph has no sizes
+        if plain and self._is_alone() and (len(x) > 1 or x.numel() > SMALL):
+            return torch.mkldnn_convolution(x, weight, bias, self.padding, self.stride, self.dilation, self.groups)
+        return super()._conv_forward(x, weight, bias)
+
+    @staticmethod
+    def _is_alone() -> bool:
+        return torch.get_num_threads() == 1 and torch.backends.mkldnn.is_available()
 
 
 class InstanceNorm(nn.Module):
