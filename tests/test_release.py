@@ -88,13 +88,18 @@ def test_the_generator_and_the_coarse_level_are_the_releases(model, io):
     assert ((warp - io["warp_0"]).abs().amax(1) < 1e-3).float().mean() > 0.99
 
 
+def rounds_alike(feature: torch.Tensor, stored: torch.Tensor) -> bool:
+    """To the last bit: the convolutions, and the lengths of vectors, whose squares are added one at a time."""
+    lengths = sum(feature.square().unbind(1)).double().sqrt().float()
+    return torch.equal(feature, stored) and torch.equal(torch.linalg.vector_norm(feature, dim=1), lengths)
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("threads", [1, 2])
 def test_all_levels_are_the_releases_where_the_processor_rounds_alike(model, io, golden, threads, set_threads):
     set_threads(threads)
-    features = model.condition_encoder(io["condition"])
-    if not torch.equal(features[0], io["condition_feature_0"]):
-        pytest.skip("this processor's math library rounds otherwise than the one of the golden case: docs/release.md")
+    if not rounds_alike(model.condition_encoder(io["condition"])[0], io["condition_feature_0"]):
+        pytest.skip("this processor or PyTorch rounds otherwise than the golden case's: docs/release.md")
     orders = json.loads((golden / "meta.json").read_text())["propagation_orders"]
     other = torch.roll(io["condition"], (23, -17), (2, 3))
     out = model(io["condition"], io["exemplar"], other, propagation_orders=orders)
