@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,4 +29,14 @@ def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     if "train" in request.module.__name__:
         torch.set_num_threads(1)
     yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """`torch.set_num_threads`, for a test that takes several; afterwards there are as many as before."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
     torch.set_num_threads(before)

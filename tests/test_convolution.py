@@ -65,15 +65,12 @@ def test_it_rounds_at_most_three_times_as_much_as_the_direct_one(inputs, outputs
     assert short[0] < 3 * direct[0] and short[1] < 3 * direct[1]
 
 
-def test_the_number_of_threads_changes_no_bit():
+def test_the_number_of_threads_changes_no_bit(set_threads):
     x, weight, bias = make(2, 48, 80, 37, 50)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            found.append(winograd.convolve(x, weight, bias, 1))
-    finally:
-        torch.set_num_threads(threads)
+    found = []
+    for count in (1, 2):
+        set_threads(count)
+        found.append(winograd.convolve(x, weight, bias, 1))
     assert torch.equal(*found)
 
 
@@ -169,15 +166,12 @@ def test_a_gradient_has_a_gradient_of_its_own():
         torch.testing.assert_close(mine, exact, atol=1e-5 * exact.abs().max().item(), rtol=0)
 
 
-def test_the_number_of_threads_changes_no_bit_of_what_is_passed_back():
+def test_the_number_of_threads_changes_no_bit_of_what_is_passed_back(set_threads):
     layer, x = big()
-    threads, found = torch.get_num_threads(), []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            found.append(gradients(layer, x)[0])
-    finally:
-        torch.set_num_threads(threads)
+    found = []
+    for count in (1, 2):
+        set_threads(count)
+        found.append(gradients(layer, x)[0])
     assert torch.equal(*found)
 
 

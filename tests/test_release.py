@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import pickle
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -41,13 +40,6 @@ def model(golden):
 def io(golden):
     tensors = load_file(golden / "io.safetensors")
     return tensors | {"condition": tensors["condition_u8"] / 255, "exemplar": tensors["exemplar_u8"] / 255 * 2 - 1}
-
-
-@pytest.fixture
-def set_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @torch.inference_mode()

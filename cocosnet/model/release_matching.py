@@ -34,7 +34,7 @@ ORDERS = {"horizontal-first": (-1, -2), "vertical-first": (-2, -1)}  # axes of a
 COARSE_CHUNK = 2**24  # similarities held at once at the coarse level: those of 64x64 positions all together
 HALO = 11  # rows that a refined row depends on above and below: 3 + 1 + 1 of the encoder, 4 of the GRU, 2 of the head
 MOTION = 64  # channels of the motion encoder's and the head's hidden layers
-SMALL = 20480  # numbers: of one picture's map of no more PyTorch makes a convolution without oneDNN
+WITHOUT_ONEDNN = 20480  # numbers in one picture's map up to which PyTorch itself convolves it without oneDNN
 
 
 class ReleaseHierarchy(nn.Module):
@@ -231,7 +231,7 @@ class Pointwise(nn.Conv2d):
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         plain = is_plain(x, weight) and x.dtype == weight.dtype == torch.float32  # first: a traced graph has no sizes
-        if plain and self._is_alone() and (len(x) > 1 or x.numel() > SMALL):
+        if plain and self._is_alone() and (len(x) > 1 or x.numel() > WITHOUT_ONEDNN):
             return torch.mkldnn_convolution(x, weight, bias, self.padding, self.stride, self.dilation, self.groups)
         return super()._conv_forward(x, weight, bias)
 
