@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import time
@@ -23,6 +24,9 @@ GRACE = 0.05  # s; the worker threads need microseconds
 def join_group(backend: str = "gloo", timeout: datetime.timedelta | None = None) -> tuple[int, int]:
     """Meet the others, where there are any and this was not yet done; answers as `place`.
 
+    Who does not come to `end_group`, say for an error, ends a group of gloo when the process does: its worker threads
+    free what was exchanged, and one that wants the interpreter's lock for it while the interpreter ends aborts.
+
     Args:
         backend: gloo exchanges what lies in the CPU's memory, nccl what lies in the GPUs'.
         timeout: how long a process waits for another in an exchange; by default PyTorch's own.
@@ -39,6 +43,8 @@ def join_group(backend: str = "gloo", timeout: datetime.timedelta | None = None)
             raise ConfigError(
                 f"WORLD_SIZE={size}, but {reason}; start the processes by torchrun, or unset it"
             ) from error
+        if backend == "gloo":
+            atexit.register(end_group)
     return rank, size
 
 

@@ -183,3 +183,22 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match="train.batch=4 must be a multiple of the 3 processes"):
         Ranks.join(Ranks().device, 4)
+
+
+FORGETFUL = """
+    import atexit, torch.distributed as dist
+    from cocosnet.groups import everyone, join_group
+    atexit.register(lambda: print("alive" if dist.is_initialized() else "ended"))
+    join_group()
+    everyone("something")
+"""
+
+
+def test_a_group_that_nobody_ends_is_ended_before_the_interpreter_is(tmp_path):
+    """Else a worker thread of gloo, which frees what was exchanged, now and then aborts the process."""
+    script = tmp_path / "forgetful.py"
+    script.write_text(textwrap.dedent(FORGETFUL))
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    paths = {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment() | paths)
+    assert done.returncode == 0 and done.stdout.split() == ["ended", "ended"], done.stderr
