@@ -19,13 +19,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cocosnet.model import lanes, patchmatch, warp
-from cocosnet.model.jit import torch_threads
+from cocosnet.model.jit import parallel_njit, torch_threads
 from cocosnet.model.lanes import LANES, LINE
 from cocosnet.model.matches import Matches
 from cocosnet.model.warp import clamp_positions
 
-# "reassoc" lets sums over channels run in vector lanes; NaN and infinity keep their meaning.
-_FAST = {"reassoc", "contract", "nsz"}
 EMPTY = np.float32(-np.inf)
 NOWHERE = np.int32(-1)  # the pixel of an empty slot
 NEGLIGIBLE = np.float32(1e-9)  # times the largest weight: sixteen of them do not change a float32 in [-1, 1]
@@ -411,7 +409,7 @@ def _shifted(positions, n, sets, shift, vertical, limits):
     return ys, xs
 
 
-@njit(parallel=True, cache=True)
+@parallel_njit()
 def _pass(fx, fy, shape, limits, blocks, vertical, desks, old, new):
     """One propagation pass along one axis: `neighbour_candidates` and `best_distinct` at once. old, new: states."""
     for line in prange(shape[0] * shape[1]):
@@ -502,7 +500,7 @@ def _enter_line(fx, fy, field, known, shape, limits, blocks, line, desk, state):
         _enter_pixel(desk, slots, candidates, state, pixel)
 
 
-@njit(parallel=True, cache=True)
+@parallel_njit()
 def _enter(fx, fy, field, known, shape, limits, blocks, desks, state):
     """A field B,h,w,K,2 into a state. `known`: its scores B,h,w,K, or nothing."""
     for line in prange(shape[0] * shape[1]):
@@ -612,7 +610,7 @@ def _descend_line(fx, fy, parents, coarse, shape, limits, blocks, line, desk, st
         _put_back(desk, slots, state[0], state[1], pixel)
 
 
-@njit(parallel=True, cache=True)
+@parallel_njit()
 def _descend(fx, fy, parents, coarse, shape, limits, blocks, desks, state):
     """Positions and scores of a state, from a coarser level's positions B,h,w,K,2; `coarse`: its (h, w)."""
     for line in prange(shape[0] * shape[1]):
@@ -647,7 +645,7 @@ def _evaluate_line(fx, fy, field, shape, limits, blocks, line, desk, clamped, sc
             scores[n] = EMPTY if _is_duplicate(desk, slots, k) else desk[0][2 * slots + k]
 
 
-@njit(parallel=True, cache=True)
+@parallel_njit()
 def _evaluate(fx, fy, field, shape, limits, blocks, desks, clamped, scores):
     """A field B,h,w,K,2 as it stands: clamped, scored (B,h,w,K), duplicates emptied."""
     for line in prange(shape[0] * shape[1]):
@@ -692,7 +690,7 @@ def _leave_line(positions, scores, shape, line, field, strengths):
                 mine[2 * k], mine[2 * k + 1] = mine[0], mine[1]
 
 
-@njit(parallel=True, cache=True)
+@parallel_njit()
 def _leave(shape, positions, scores, field, strengths):
     """A state into a field B,h,w,K,2 and its scores B,h,w,K, best first; empty slots repeat the best one's position."""
     for line in prange(shape[0] * shape[1]):
@@ -716,7 +714,7 @@ def _sort_line(field, scores, shape, line, desk, positions, strengths):
         _sort_pixel(floats, lanes.advanced(floats, 2 * slots), candidates, *to)
 
 
-@njit(parallel=True, cache=True)
+@parallel_njit()
 def _sort(field, scores, shape, desks, positions, strengths):
     """A field B,h,w,K,2 and its scores B,h,w,K into the same, best first."""
     for line in prange(shape[0] * shape[1]):
@@ -724,9 +722,12 @@ def _sort(field, scores, shape, desks, positions, strengths):
         _sort_line(*given, shape, line, _desk(desks, line), lanes.pointer(positions), lanes.pointer(strengths))
 
 
-@njit(fastmath=_FAST)
+@njit
 def _add_colours(exemplar, image, limits, channels, y, x, weight, result):
-    """weight times the exemplar at (y, x), bilinear, added to `result`; exemplar B,H,W,channels."""
+    """weight times the exemplar at (y, x), bilinear, added to `result`; exemplar B,H,W,channels.
+
+    Without fastmath, for the reason that `_cosine_backward` gives.
+    """
     y0, y1, v = _corners(y, limits[0])
     x0, x1, u = _corners(x, limits[1])
     top, bottom, one = (image * limits[0] + y0) * limits[1], (image * limits[0] + y1) * limits[1], np.float32(1)
@@ -757,7 +758,7 @@ def _warp_line(exemplar, field, scores, shape, limits, channels, temperature, li
             mine[c] /= total
 
 
-@njit(parallel=True, cache=True)
+@parallel_njit()
 def _warp(exemplar, field, scores, shape, limits, channels, temperature, result):
     """Eq. 8: exemplar B,H,W,C; field B,h,w,K,2 inside it; scores B,h,w,K. Result B,h,w,C."""
     for line in prange(shape[0] * shape[1]):
@@ -772,7 +773,7 @@ def _corners(value, size):
     return low, min(low + 1, size - 1), np.float32(value - low)
 
 
-@njit(parallel=True, cache=True)
+@parallel_njit()
 def _scores_backward(given, shape, limits, blocks, results):
     """Gradients of `_evaluate`'s scores by the positions, written, and by both features, added: flat arrays `results`.
 
@@ -795,9 +796,9 @@ def _scores_backward(given, shape, limits, blocks, results):
 def _cosine_backward(given, at, n, image, limits, blocks, results):
     """Gradients of `_similarity` of candidate n, whose pixel has fx[at : at + P].
 
-    In vectors, in an order of their own, and without _FAST: left to choose, the compiler rounded one way in the code
-    that it runs at once and another way in the code that it keeps on the disk, and a run whose process had compiled
-    went on with other bits when it was resumed.
+    In vectors, in an order of their own, and without numba's fastmath: left to choose, the compiler rounded one way in
+    the code that it runs at once and another way in the code that it keeps on the disk, and a run whose process had
+    compiled went on with other bits when it was resumed.
     """
     fx, fy, field, gradient = given
     y0, y1, v = _corners(field[2 * n], limits[0])

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cocosnet.model.jit import torch_threads
+from cocosnet.model.jit import parallel_njit, torch_threads
 from cocosnet.model.lanes import LINE, advanced, fetch_ahead, pointer
 
 BLOCK = 16  # numbers that PyTorch adds one after the other before it joins partial sums, when it sums over channels
@@ -44,7 +44,7 @@ def _top(grid: Tensor) -> int:
     return int(grid[0, 0, 0])
 
 
-@numba.njit(parallel=True, cache=True, boundscheck=False)
+@parallel_njit(boundscheck=False)
 def _score(field, x, y, step, top, rounded, indices, scores):
     """field 2K,h,w; x h,w,C; y H,W,C; step (rows, columns) to the next neighbour; top: the number of the first row;
     indices and scores hw,N."""
@@ -133,7 +133,7 @@ def _distinct_dots(query, pixels, channels, numbers, out, count, candidates, scr
         out[k] = found[slots[k]]
 
 
-@numba.njit(parallel=True, cache=True, boundscheck=False)
+@parallel_njit(boundscheck=False)
 def _to_offsets(indices, order, columns, top, offsets):
     """indices hw,N; order hw,K; top: the number of the first row; offsets 2K,h,w."""
     both, height, width = offsets.shape

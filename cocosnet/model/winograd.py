@@ -25,7 +25,7 @@ from numba import njit, prange
 from numba.extending import register_jitable
 from torch import Tensor
 
-from cocosnet.model.jit import torch_threads
+from cocosnet.model.jit import parallel_njit, torch_threads
 from cocosnet.model.lanes import LANES, add, add_product, advanced, load, multiply, pointer, splat, store, subtract
 
 KERNEL, OUT, IN = 3, 4, 6  # sides of a kernel, of a tile's results and of what they read
@@ -84,7 +84,7 @@ def _channels_last(x_BCHW: Tensor) -> np.ndarray:
     return x_BCHW.detach().permute(0, 2, 3, 1).contiguous().numpy()
 
 
-@njit(parallel=True, cache=True, boundscheck=False)
+@parallel_njit(boundscheck=False)
 def _work(images, kernels, bias, padding, before, after, result):
     """All tiles of all pictures, each thread with tiles of its own from the first step to the last.
 
@@ -109,7 +109,7 @@ def _work(images, kernels, bias, padding, before, after, result):
         desk[0] = 0  # a buffer is freed after its last use, which pointers do not count as
 
 
-@njit(parallel=True, cache=True, boundscheck=False)
+@parallel_njit(boundscheck=False)
 def _spread_kernels(weight, kernels):
     """G g G^T of every pair of channels: weight K,C,TAPS; kernels PLACES,K/LANES,C,LANES, as `_multiply` reads them."""
     outputs, channels, _ = weight.shape
@@ -128,7 +128,7 @@ def _spread_kernels(weight, kernels):
         desk[0] = 0
 
 
-@njit(parallel=True, cache=True, boundscheck=False)
+@parallel_njit(boundscheck=False)
 def _gather_kernels(sums, taps):
     """G^T s G of every pair of channels: sums PLACES,K,C; taps TAPS,K,C."""
     _, outputs, channels = sums.shape
@@ -145,7 +145,7 @@ def _gather_kernels(sums, taps):
         desk[0] = 0
 
 
-@njit(parallel=True, cache=True, boundscheck=False)
+@parallel_njit(boundscheck=False)
 def _spread(images, gradients, padding, read, made):
     """B^T d B and A D A^T of all tiles.
 
