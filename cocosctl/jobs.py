@@ -13,7 +13,7 @@ import typer
 
 from cocosctl.exits import ExitCode, exit_code_of
 from cocosctl.output import Output, speaks
-from cocosnet.data.records import Record, iter_records, read_manifest
+from cocosnet.data.records import LABEL_PATHS, Record, iter_records, read_manifest
 from cocosnet.errors import CocosError, DataError, OutputError
 from cocosnet.files import safe_name
 from cocosnet.launcher import place
@@ -179,8 +179,9 @@ def _fault(record: Record, path: Path, inputs: dict[str, str], outputs: dict[str
 
 def _inputs(record: Record) -> dict[str, str]:
     """The pictures that a record names: real path -> path."""
-    files = (record.condition, record.exemplar, record.exemplar_condition, record.target)
-    return {_real(file): file for file in files if file is not None}
+    labels = (record.extra.get(role) for role in LABEL_PATHS)
+    files = (record.condition, record.exemplar, record.exemplar_condition, record.target, *labels)
+    return {_real(file): file for file in files if isinstance(file, str)}
 
 
 def _real(path: str | Path) -> str:

@@ -48,7 +48,7 @@ class Output:
         if record.failed:
             self.error(f"{record.id}: {record.error}")
         if self.as_json:
-            self._send((record if record.failed else record.rebased(_absolute)).to_json())
+            self._send(record.rebased(_absolute).to_json())
         elif not record.failed:
             self._send((getattr(record, role) or "").replace("\r", "\\r").replace("\n", "\\n"))  # one path a line
 

@@ -24,6 +24,7 @@ from cocosnet.model.build import Model, build_model
 from cocosnet.precision import layout_of
 from cocosnet.weights import ASSET_FOLDER, imported_models
 
+DEVICES = ("cpu", "cuda", "mps")  # kinds of device that networks run on
 CONFIG_KEY = "cocosctl.config"
 MODEL_NAME = "model.safetensors"  # in a run folder
 SHIPPED = ("demo", "facades-small", "fashion-small")  # checkpoints inside the package, by name
@@ -157,8 +158,11 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
-        return torch.device(device)
+        place = torch.device(device)
+        if place.type not in DEVICES:
+            raise RuntimeError(f"{place.type} is none of {', '.join(DEVICES)}")
+        torch.empty(0, device=place)
+        return place
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise MissingDependency(

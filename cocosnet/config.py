@@ -321,12 +321,25 @@ def _read_yaml(source: str | Path) -> dict[str, Any]:
                 f"the presets are {', '.join(preset_names())}"
             )
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Unique)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot read this config: {' '.join(str(error).split())}") from error
     if not isinstance(tree or {}, dict):
         raise ConfigError(f"{path}: a config is a mapping of sections, found {type(tree).__name__}")
     return tree or {}
+
+
+class _Unique(yaml.SafeLoader):
+    """YAML in which a key that is given twice is an error, where the loader's own would drop the first one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As the loader's. Raises yaml.YAMLError where a key comes again."""
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 STAMP_KEY = "cocosctl.stamp"  # text chunk of a written PNG: what it was made of
 STAMP = {"made_of", "extractor", "condition_source"}  # keys of that JSON
+OF_OUTPUT = {"warp", "condition_image", "scores"}  # keys of a record that speak of its very output
 FROM_FILE = {"network": "file"}  # how a ready-made condition came about
 COLOURED = 12.0  # mean saturation (0..255) above which a picture is a photograph, not a grey edge map
 LIGHT = 127.0  # mean (0..255) above which a grey picture is no edge map: HED's have about 50, a drawing on paper 230
@@ -324,8 +325,13 @@ def _inputs(record: Record) -> list[str]:
 
 
 def _handled(record: Record, output: Path, status: str, seconds: float | None, source: dict[str, Any]) -> Record:
-    """The record after this step; how its condition came about stays what an earlier step said."""
-    extra = {**record.extra, "condition_source": record.extra.get("condition_source", source)}
+    """The record after this step; how its condition came about stays what an earlier step said.
+
+    What is told of an output does not go on beside another one.
+    """
+    same = status == "skipped" and record.output == str(output)
+    kept = {key: value for key, value in record.extra.items() if same or key not in OF_OUTPUT}
+    extra = {**kept, "condition_source": record.extra.get("condition_source", source)}
     return dataclasses.replace(record, output=str(output), status=status, error=None, seconds=seconds, extra=extra)
 
 

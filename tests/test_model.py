@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cocosnet.config import load_config
+from cocosnet.model import patchmatch
 from cocosnet.model.cocosnet import CoCosNet
 from cocosnet.model.discriminator import Discriminator
 from cocosnet.model.layers import Spade, SpadeBlock, fold_spectral_norms, instance_norm
@@ -35,6 +36,18 @@ def test_any_sizes_go_in_and_the_conditions_size_comes_out(size, other):
         assert warp.abs().max() <= 1 + 1e-5
         limits = torch.tensor([-(-side // factor) - 1 for side in other]).view(1, 1, 2, 1, 1)
         assert ((matches.positions >= 0) & (matches.positions <= limits)).all()  # inside the exemplar, not its padding
+
+
+@pytest.mark.parametrize("size, other", [((32, 32), (32, 32)), ((33, 47), (29, 18)), ((30, 50), (37, 41))])
+def test_matches_are_distinct_and_scored_where_they_lie_at_sizes_that_are_padded_too(size, other):
+    model = build().eval()
+    out = model(torch.rand(1, 1, *size), torch.rand(1, 3, *other) * 2 - 1)
+    for x, y, matches in zip(*model.compared(out), out.matches):
+        assert torch.isfinite(matches.scores).all()
+        rows, columns = matches.positions.round().unbind(2)
+        pixels = (rows * 1000 + columns).sort(1).values
+        assert (pixels.diff(dim=1) > 0).all()
+        torch.testing.assert_close(patchmatch.cosine(x, y, matches.positions), matches.scores, atol=1e-5, rtol=0)
 
 
 def test_the_same_input_gives_the_same_bytes_whatever_the_global_random_state():
@@ -180,3 +193,20 @@ def test_the_papers_512_configuration_runs_forward_and_backward_at_reduced_width
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
         assert parameter.grad.abs().max() > 0, name
+
+
+def test_bfloat16_learns_as_float32_does_from_a_picture_that_is_mostly_blank():
+    """A pose or a studio photograph: what should cancel over thousands of equal pixels must not be rounded before."""
+    torch.manual_seed(0)
+    picture = torch.full((1, 3, 192, 192), 0.8)
+    picture[..., 80:112, 80:112] = torch.rand(1, 3, 32, 32)
+    layers = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.Conv2d(16, 16, 3, padding=1))
+    gradients, target = [], torch.randn(1, 16, 192, 192)
+    for low in (False, True):
+        layers.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            y = instance_norm(layers[1](torch.relu(instance_norm(layers[0](picture)))))
+        (y.float() * target)[..., 76:116, 76:116].sum().backward()
+        gradients.append(torch.cat([layer.weight.grad.flatten() for layer in layers]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+    assert 0.95 < gradients[1].norm() / gradients[0].norm() < 1.05

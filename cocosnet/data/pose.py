@@ -133,7 +133,8 @@ def _read_openpose(content: Any, path: Path) -> tuple[np.ndarray, tuple[int, int
 
 
 def _person(flat: list[float], path: Path) -> np.ndarray:
-    points = np.array(flat, dtype=np.float32)
+    with np.errstate(over="ignore"):  # a joint that is infinitely far off is none, and left out below
+        points = np.array(flat, dtype=np.float32)
     if points.size not in (75, 54):
         raise DataError(
             f"{shown(path)}: a person has {points.size / 3:g} joints; BODY_25 (25) or COCO-18 (18) is needed"

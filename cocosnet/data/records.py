@@ -24,7 +24,8 @@ from cocosnet.files import atomic_path
 SCHEMA = "cocosctl.pair/1"
 MANIFEST_NAME, DATASET_NAME = "manifest.jsonl", "dataset.json"  # of a prepared folder
 PATH_FIELDS = ("condition", "exemplar", "exemplar_condition", "target", "output")
-EXTRA_PATHS = ("condition_image", "warp", "labels", "exemplar_labels")  # keys of `extra` that name files
+LABEL_PATHS = ("labels", "exemplar_labels")  # keys of `extra` that name label maps
+EXTRA_PATHS = ("condition_image", "warp", *LABEL_PATHS)  # keys of `extra` that name files
 STATUSES = ("ok", "skipped", "error")
 
 
@@ -110,6 +111,7 @@ def _check_values(values: dict[str, Any], number: int) -> None:
 def iter_records(lines: Iterable[str]) -> Iterator[Record]:
     """Records of a stream, as they arrive; a bad line becomes an error record `line-N`, blank ones are passed over."""
     for number, line in enumerate(lines, start=1):
+        line = line.removeprefix("\ufeff") if number == 1 else line  # Windows writes a mark before the first record
         if line.strip():
             try:
                 yield parse_record(line, number)
@@ -127,11 +129,12 @@ def read_manifest(path: str | Path) -> list[Record]:
     path = path / MANIFEST_NAME if path.is_dir() else path
     folder = path.parent.absolute()
     try:
-        with open(path, encoding="utf-8") as lines:
+        with open(path, encoding="utf-8", errors="surrogateescape") as lines:  # as on stdin: a name may be any bytes
             records = [record.rebased(lambda name: str(folder / name)) for record in iter_records(lines)]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: cannot read this manifest ({reason}); make one with `cocosctl prepare`") from error
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot read this manifest ({error.strerror}); make one with `cocosctl prepare`"
+        ) from error
     if not records:
         raise DataError(f"{path}: holds no records; make one with `cocosctl prepare`")
     return records

@@ -10,12 +10,10 @@ from torch import Tensor, nn
 from cocosnet.config import Config
 from cocosnet.model.encoders import Encoder
 from cocosnet.model.hierarchy import Hierarchy, Level
-from cocosnet.model.layers import pad_to_multiple
+from cocosnet.model.layers import Size, cut, pad_to_multiple
 from cocosnet.model.matches import Matches
 from cocosnet.model.translator import Translator, join_warps
 from cocosnet.model.warp import clamp_positions, downsample
-
-Size = torch.Size | tuple[int, int]
 
 
 @dataclass
@@ -72,7 +70,7 @@ class CoCosNet(nn.Module):
         size = check_inputs(self.config.data.condition_channels, condition, exemplar, exemplar_condition)
         x_a, y_b = pad_to_multiple(condition, self.multiple), pad_to_multiple(exemplar, self.multiple)
         features_x = self.encode_condition(x_a)  # Eq. 1
-        features_y = self.encode_image(y_b, exemplar_condition)  # Eq. 2
+        features_y = self.encode_image(exemplar, exemplar_condition)  # Eq. 2; padding has no match
         levels = self.hierarchy(features_x, features_y, downsample(y_b, self.finest))  # Eq. 3-8
         image = self.translate([level.warps[-1] for level in levels], x_a)  # Eq. 9-10
         return crop_output(image, levels, features_x, features_y, size, exemplar.shape[-2:], self.finest)
@@ -155,7 +153,7 @@ def crop_output(
     """Cut off what padding added: at each level, what lies beyond the original picture's share, rounded up.
 
     `finest`: px of the picture, along a side, in one pixel of the last level. A match in the exemplar's padding, which
-    repeats its border, is moved onto that border.
+    repeats its border, is moved onto that border; only the release's networks look there.
     """
     ours, theirs = (shares(whole, len(levels), finest) for whole in (size, exemplar_size))
     steps = [[cut(warp, share) for warp in level.warps] for level, share in zip(levels, ours)]
@@ -176,11 +174,6 @@ def shares(size: Size, levels: int, finest: int) -> list[Size]:
     """
     factors = [finest * 2**level for level in reversed(range(levels))]
     return [(-(-size[0] // factor), -(-size[1] // factor)) for factor in factors]
-
-
-def cut(x: Tensor, size: Size) -> Tensor:
-    """The upper left h,w = `size` of ..,H,W."""
-    return x[..., : size[0], : size[1]]
 
 
 def _cut_matches(matches: Matches, size: Size, exemplar_size: Size) -> Matches:

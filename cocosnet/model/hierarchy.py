@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from cocosnet.config import MatchingConfig
 from cocosnet.model.convgru import Refinement
 from cocosnet.model.exact import exact_top_k, exact_warp
+from cocosnet.model.layers import cut
 from cocosnet.model.matches import Matches
 from cocosnet.model.patchmatch import Engine, select_engine
 from cocosnet.model.warp import child_positions, downsample, upsample_positions
@@ -138,14 +139,17 @@ class Hierarchy(nn.Module):
         self.depth = len(widths)  # levels that are matched; a finer one has its coarser one's matches, enlarged
 
     def forward(self, features_x: list[Tensor], features_y: list[Tensor], exemplar: Tensor) -> list[Level]:
-        """Eq. 3. features_x, features_y: L maps each, coarse to fine; exemplar B,3,H,W at full resolution."""
+        """Eq. 3. features_x, features_y: L maps each, coarse to fine; exemplar B,3,H,W at full resolution.
+
+        H, W are multiples of 2^(L-1). What the exemplar has beyond its features (padding) is never looked at.
+        """
         levels: list[Level] = []
         for index, (project, x, y) in enumerate(zip(self.projections, features_x, features_y)):
             if index >= self.depth:
                 levels.append(_enlarged(levels[-1], x.shape[-2:]))
                 continue
             x, y = project(x), project(y)
-            picture = downsample(exemplar, 2 ** (len(self.projections) - 1 - index))
+            picture = cut(downsample(exemplar, 2 ** (len(self.projections) - 1 - index)), y.shape[-2:])
             if index == 0 or self.exact_everywhere:
                 levels.append(self.coarse(x, y, picture))
             else:

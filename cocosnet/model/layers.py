@@ -17,6 +17,7 @@ from cocosnet.model.convolution import Conv2d
 from cocosnet.precision import without_autocast
 
 LEAK = 0.2  # slope of every LeakyReLU (release)
+Size = torch.Size | tuple[int, int]
 BAND = 64  # rows that `in_bands` works on at once: what a band needs stays in a processor's cache
 SPADE_HALO = 4  # rows that a SPADE block's row depends on above and below: four 3x3 convolutions one after the other
 
@@ -135,13 +136,18 @@ def instance_norm(x_BCHW: Tensor) -> Tensor:
 
 class _InstanceNorm(torch.autograd.Function):
     """y = (x - mean) / sqrt(var + 1e-5). Written out because PyTorch's own copies channels-last maps into the other
-    layout, and its backward takes five times as long as this one on a CPU. Means are taken in float32 or better."""
+    layout, and its backward takes five times as long as this one on a CPU.
+
+    All but one product is worked out in float32 or better, whatever the maps are. Of a picture that is mostly blank, as
+    a pose or a studio photograph, bfloat16 would round each pixel alike, and what should cancel in the sums over them
+    (variance, gradient of the convolution before) would not.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         mean, square = _pixel_mean(x), _mean_square(x)
         scale = torch.rsqrt((square - mean * mean).clamp(min=0) + 1e-5)
-        y = torch.addcmul((-mean * scale).to(x.dtype), x, scale.to(x.dtype))
+        y = torch.addcmul(-mean * scale, x, scale).to(x.dtype)
         ctx.save_for_backward(y, scale)
         return y
 
@@ -150,18 +156,23 @@ class _InstanceNorm(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> Tensor:
         y, scale = ctx.saved_tensors
         mean, along = _pixel_mean(gradient), _pixel_mean(gradient * y)
-        return (gradient - mean.to(y.dtype) - y * along.to(y.dtype)) * scale.to(y.dtype)
+        return ((gradient - mean - y * along) * scale).to(y.dtype)
 
 
 def _mean_square(x: Tensor) -> Tensor:
     """Over the pixels, like `_pixel_mean`; band by band, since room for all squares costs more time than they do."""
     bands = (x,) if torch.compiler.is_compiling() else x.split(BAND, dim=2)
-    return sum(_pixel_mean(rows * rows) * (rows.shape[2] / x.shape[2]) for rows in bands)
+    squares = (rows.to(_wide(x)).square() for rows in bands)
+    return sum(_pixel_mean(rows) * (rows.shape[2] / x.shape[2]) for rows in squares)
 
 
 def _pixel_mean(x: Tensor) -> Tensor:
-    wide = x.dtype if x.dtype == torch.float64 else torch.float32  # PyTorch 2.6 cannot export torch.promote_types
-    return x.mean((2, 3), keepdim=True, dtype=wide)
+    return x.mean((2, 3), keepdim=True, dtype=_wide(x))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """float32 or better. PyTorch 2.6 cannot export torch.promote_types."""
+    return x.dtype if x.dtype == torch.float64 else torch.float32
 
 
 def resize_guide(guide: Tensor, size: torch.Size) -> Tensor:
@@ -178,6 +189,11 @@ def pad_to_multiple(x_BCHW: Tensor, multiple: int) -> Tensor:
     """Repeat the bottom and right border until both sides are multiples of `multiple`."""
     bottom, right = (-x_BCHW.shape[-2]) % multiple, (-x_BCHW.shape[-1]) % multiple
     return F.pad(x_BCHW, (0, right, 0, bottom), mode="replicate") if bottom or right else x_BCHW
+
+
+def cut(x: Tensor, size: Size) -> Tensor:
+    """The upper left h,w = `size` of ..,H,W."""
+    return x[..., : size[0], : size[1]]
 
 
 def join_channels(*maps_BChw: Tensor) -> Tensor:

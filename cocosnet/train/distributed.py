@@ -6,6 +6,7 @@ who by the environment (RANK, WORLD_SIZE); without it there is one process and n
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from cocosnet.errors import ConfigError
 from cocosnet.groups import agree, check_own_gpu, end_group, everyone, join_group, own_device
 from cocosnet.launcher import place
+
+PATIENCE = datetime.timedelta(hours=2)  # for rank 0 to validate and save; nccl's own ten minutes can be too few
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Ranks:
         if device.type == "cuda":
             check_own_gpu(device)
             torch.cuda.set_device(device)
-        join_group("nccl" if device.type == "cuda" else "gloo")
+        join_group("nccl" if device.type == "cuda" else "gloo", PATIENCE)
         return cls(rank, size, device)
 
     @property

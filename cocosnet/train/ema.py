@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 RAMP = 0.05  # the half-life is at most this share of the images seen, so that the first weights are soon forgotten
-POWER_ITERATIONS = 15  # of the spectral norms, before the averaged network is used
+POWER_ITERATIONS = 100  # of the spectral norms, before the averaged network is used
 
 
 class Ema:

@@ -117,6 +117,7 @@ class Trainer:
         self.log, self.averages = RunLog(self.run / "stats.jsonl"), Averages()
         self.board: TensorBoard | None = None
         self.images, self.skipped, self.stop_signal = 0, 0, 0
+        self._unheard: CocosError | None = None
         self.best = math.inf  # the least `train.val_metric` so far
 
     def train(self) -> Path:
@@ -134,7 +135,7 @@ class Trainer:
                     self.ranks.together(lambda batch=batch: _raise_failure(batch))
                     self.train_step(batch)
                     self._report()
-                if self.ranks.any(bool(self.stop_signal)):
+                if self.ranks.any(bool(self.stop_signal or self._unheard)):
                     self._stop()
         self.save()
         self.ranks.leave()
@@ -334,7 +335,10 @@ class Trainer:
         now, over = time.monotonic(), self.images >= self.config.train.images
         if self.on_tick is not None and (over or now - self._ticked >= self.tick_seconds):
             self._ticked = now
-            self.on_tick(self._tick())
+            try:
+                self.on_tick(self._tick())
+            except CocosError as error:  # of this process alone: the others are told when all of them meet next
+                self._unheard = error
 
     def _warn(self, text: str) -> None:
         """Into the run's log, and to whoever watches."""
@@ -438,10 +442,12 @@ class Trainer:
             raise CheckpointError(f"{path}: does not fit these networks: {text}") from error
 
     def _stop(self) -> None:
-        """End a run that a signal has asked to stop."""
+        """End a run that a signal has asked to stop, or that nobody can be told of."""
         self.save()
         self.ranks.write(lambda: atomic_write(self.run / "stopped", f"at {self.images} images\n"))
         self.ranks.leave()
+        if self._unheard is not None:
+            raise self._unheard
         raise Stopped(f"{self.run}: stopped at {self.images} images; run the same command again to go on")
 
     @contextlib.contextmanager
