@@ -59,6 +59,15 @@ STEP = """
 """
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk without room")
+def test_a_full_disk_behind_one_ranks_output_ends_all_of_them(data, tmp_path):
+    """The first rank alone prints; the others would wait for it until the group's patience ends."""
+    command = [part for part in train_command(data, tmp_path / "run", 2) if part != "--quiet"] + ["--json"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True, timeout=150)
+    assert done.returncode != 0 and "No space left" in done.stderr, done.stderr[-1000:]
+
+
 def test_two_processes_make_the_steps_that_one_makes_with_the_whole_batch(data, tmp_path):
     """The whole objective, exemplars of both kinds mixed: the same losses to 1e-5, the same weights on both ranks."""
     (tmp_path / "step.py").write_text(textwrap.dedent(STEP))

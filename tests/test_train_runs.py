@@ -32,6 +32,7 @@ from cocosnet.errors import (
     Stopped,
 )
 from cocosnet.train.runlog import Averages, RunLog
+from cocosnet.train.state import load_state
 from cocosnet.train.trainer import SKIP_LIMIT, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -227,6 +228,17 @@ def test_a_longer_run_goes_on_but_another_config_is_refused_by_name(data, tmp_pa
     Trainer(tiny("train.images=4", *cheaper), data, tmp_path, "cpu").train()
     assert state(tmp_path, 4)["images"] == 4
     assert load_config(tmp_path / "config.yaml").train.images == 4
+
+
+def test_a_state_with_other_bytes_than_were_written_is_damaged_too(finished, tmp_path):
+    """As after a power cut, where a file can have its full length and blocks of zeros."""
+    path = Path(shutil.copy(next((finished[0] / "checkpoints").glob("state-*8.pt")), tmp_path))
+    assert load_state(path)["images"] == 8
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 4096] = bytes(4096)
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_state(path)
 
 
 def test_a_damaged_state_is_passed_over_with_a_note(data, tmp_path, finished, caplog):
