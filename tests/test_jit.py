@@ -65,7 +65,7 @@ def test_compiled_code_follows_its_sources_and_is_named_where_it_is_damaged(tmp_
     assert after[0] == after[1] != before[1]
 
     for index in kept.rglob("*.nbi"):
-        index.write_bytes(index.read_bytes()[:-10])
+        index.write_bytes(b"")
     sentence = told(SCORES, tmp_path, NUMBA_CACHE_DIR=str(kept))
     assert "damaged" in sentence and str(kept) in sentence and "NUMBA_CACHE_DIR" in sentence
 

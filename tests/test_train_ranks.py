@@ -197,7 +197,7 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(monkeypatch):
 FORGETFUL = """
     import atexit, torch.distributed as dist
     from cocosnet.groups import everyone, join_group
-    atexit.register(lambda: print("alive" if dist.is_initialized() else "ended"))
+    atexit.register(lambda: print("alive " if dist.is_initialized() else "ended ", end=""))
     join_group()
     everyone("something")
 """

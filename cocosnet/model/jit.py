@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import pickle
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,8 +43,8 @@ def torch_threads() -> Iterator[None]:
             yield
     except OSError as error:
         raise OutputError(f"what numba compiled cannot be written: {error.strerror}; {REMEDY}") from error
-    except (EOFError, pickle.UnpicklingError) as error:
-        raise OutputError(f"what numba compiled earlier is damaged: delete {_folder()}, or {REMEDY}") from error
+    except EOFError as error:  # an empty file, as a power cut leaves it
+        raise OutputError(f"what numba compiled earlier is damaged; delete {_folder()}, or {REMEDY}") from error
     finally:
         if torch.get_num_threads() != count:
             torch.set_num_threads(count)
