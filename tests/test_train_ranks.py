@@ -66,6 +66,8 @@ def test_a_full_disk_behind_one_ranks_output_ends_all_of_them(data, tmp_path):
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True, timeout=150)
     assert done.returncode != 0 and "No space left" in done.stderr, done.stderr[-1000:]
+    assert not (tmp_path / "run" / "stopped").exists()  # which would have a scheduler start it again
+    assert list((tmp_path / "run" / "checkpoints").glob("state-*.pt"))
 
 
 def test_two_processes_make_the_steps_that_one_makes_with_the_whole_batch(data, tmp_path):

@@ -17,7 +17,7 @@ from cocosnet.model.convolution import Conv2d
 from cocosnet.precision import without_autocast
 
 LEAK = 0.2  # slope of every LeakyReLU (release)
-Size = torch.Size | tuple[int, int]
+Size = torch.Size | tuple[int, int]  # H, W
 BAND = 64  # rows that `in_bands` works on at once: what a band needs stays in a processor's cache
 SPADE_HALO = 4  # rows that a SPADE block's row depends on above and below: four 3x3 convolutions one after the other
 

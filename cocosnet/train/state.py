@@ -65,8 +65,9 @@ def newest_state(folder: Path, passed_over: Callable[[str], None]) -> tuple[Path
 def load_state(path: Path) -> dict[str, Any]:
     """Read one state. Raises CheckpointError where it is damaged or of another kind."""
     try:
-        if (damaged := zipfile.ZipFile(path).testzip()) is not None:  # torch.load does not compare the checksums
-            raise CheckpointError(f"{damaged} is not what was written")
+        with zipfile.ZipFile(path) as parts:
+            if (damaged := parts.testzip()) is not None:  # torch.load does not compare the checksums
+                raise CheckpointError(f"{damaged} is not what was written")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the reader raise anything
         raise CheckpointError(f"{path}: damaged or missing ({' '.join(str(error).split())[:120]})") from error

@@ -444,11 +444,16 @@ class Trainer:
     def _stop(self) -> None:
         """End a run that a signal has asked to stop, or that nobody can be told of."""
         self.save()
-        self.ranks.write(lambda: atomic_write(self.run / "stopped", f"at {self.images} images\n"))
+        self.ranks.write(self._mark_stopped)
         self.ranks.leave()
         if self._unheard is not None:
             raise self._unheard
         raise Stopped(f"{self.run}: stopped at {self.images} images; run the same command again to go on")
+
+    def _mark_stopped(self) -> None:
+        """For whoever would start the run again by itself, which after an error is of no use."""
+        if self._unheard is None:
+            atomic_write(self.run / "stopped", f"at {self.images} images\n")
 
     @contextlib.contextmanager
     def _saved_on_failure(self) -> Iterator[None]:
