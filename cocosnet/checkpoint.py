@@ -154,7 +154,7 @@ def read_metadata(weights: str | Path) -> dict[str, str]:
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` (the GPU if there is one), `cpu`, `cuda`, `cuda:N` or `mps`. Raises MissingDependency where it is not there."""
+    """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:N` or `mps`. Raises MissingDependency if it is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
