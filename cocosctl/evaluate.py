@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cocosnet.metrics.fid import Frechet
 
 STATISTICS = ".npz"
+WEIGHTS = ".safetensors"
 OPTIONS = {
     "target": "--targets", "exemplar": "--exemplars", "warp": "--warps",
     "labels": "--labels", "exemplar_labels": "--exemplar-labels",
@@ -110,8 +111,12 @@ def evaluate(
 
 def _check_form(manifest: str | None, outputs: Path | None, scores: Path | None, save_stats: Path | None) -> None:
     """Raises BadParameter (usage)."""
+    from cocosnet.data.images import SUFFIXES
+
     if scores == Path("-"):
         raise typer.BadParameter("stdout has the result; give the scores a file", param_hint="--scores")
+    if scores is not None and scores.suffix.lower() in (*SUFFIXES, STATISTICS, WEIGHTS):
+        raise typer.BadParameter(f"{scores}: is written as a manifest; name it so, as .jsonl", param_hint="--scores")
     if manifest is None and outputs is None:
         raise typer.BadParameter("give --manifest, or --outputs and --targets", param_hint="--manifest")
     if save_stats is not None and save_stats.suffix != STATISTICS:  # by which --targets knows statistics

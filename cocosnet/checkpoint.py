@@ -74,6 +74,8 @@ def save_model(
 ) -> None:
     """Write a model atomically. `metadata`: further text, such as how it was trained. `compact` stores bfloat16.
 
+    The same model and texts give the same bytes: outputs are up to date by the hash of the file that they are made of.
+
     Raises:
         DataError: the file cannot be written.
     """
@@ -82,6 +84,19 @@ def save_model(
     texts = {**(metadata or {}), CONFIG_KEY: json.dumps(config_to_dict(model.config))}
     with atomic_path(path, (SafetensorError,)) as temporary:
         save_file(tensors, str(temporary), metadata=texts)
+        _sort_texts(temporary)
+
+
+def _sort_texts(path: Path) -> None:
+    """Put the texts of a safetensors file in order, in their place; the library writes them in a random one."""
+    with open(path, "r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= length:  # it is, unless the library escapes a character that Python does not need to
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def find_checkpoint(weights: str | Path) -> Path:

@@ -353,16 +353,25 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         tree = tree[section]
         if not isinstance(tree, dict):
             raise ConfigError(f"--set {override!r}: {section} is a value, not a section")
+    tree[name] = _read_value(text, override)
+
+
+def _read_value(text: str, override: str) -> Any:
+    """A value of `--set`: YAML, but what YAML takes for a number or a date stays text, which a field reads as it needs.
+
+    So a folder can be called 007 and a number be written 010. Raises ConfigError.
+    """
     try:
-        tree[name] = yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override!r}: cannot read the value") from error
+    return value if value is None or isinstance(value, (bool, str, list, dict)) else text.strip()
 
 
 def _build(kind: type, values: Any, where: str) -> Any:
     """Make a `kind` (a dataclass) of a mapping, field by field."""
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{where.removesuffix('.') or 'config'}: expected a section, found {values!r}")
+        raise ConfigError(f"{where.removesuffix('.') or 'config'}: expected a section, found {values}")
     hints = typing.get_type_hints(kind)
     for key in values:
         if key not in hints:
@@ -403,7 +412,7 @@ def _float(value: Any) -> float:
 
 
 def _str(value: Any) -> str:
-    if isinstance(value, (dict, list)):
+    if isinstance(value, (bool, dict, list)):  # a bool is what YAML makes of a plain yes or no
         raise ValueError
     return "" if value is None else str(value)
 

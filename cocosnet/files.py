@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from cocosnet.errors import OutputError
 
+logger = logging.getLogger(__name__)
+
+_locks: set[IO[str]] = set()  # files of the locks that this process holds
 _NAME_LIMIT = 120  # bytes of an output's name that come from the id
 
 
@@ -87,6 +92,55 @@ def safe_name(identifier: str) -> str:
     if name == identifier:
         return name
     return f"{name}-{hashlib.sha256(identifier.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+
+
+@contextlib.contextmanager
+def only_one(folder: Path, command: str) -> Iterator[None]:
+    """Hold a folder, which is made where it is missing, for one run of `command` at a time, by a lock on its `.lock`.
+
+    The system takes the lock back when the process is killed, whatever its children still do: they do not keep it.
+
+    Raises:
+        OutputError: another process holds it, or the folder cannot be written.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows, where two runs at once are the user's own affair
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = open(folder / ".lock", "w")
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot write here: {error.strerror}; choose another folder") from error
+    with stream, _not_inherited(stream):
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            text = f"{folder}: another {command} is at work on this folder; wait for it or choose another folder"
+            raise OutputError(text) from error
+        except OSError as error:  # a file system without locks, as Lustre is where it was mounted without them
+            logger.warning("%s: no locks here (%s); see to it that no other run writes to it", folder, error.strerror)
+        yield
+
+
+@contextlib.contextmanager
+def _not_inherited(stream: IO[str]) -> Iterator[None]:
+    """Have forked children close a file, whose lock they would hold on to as long as they live."""
+    _locks.add(stream)
+    try:
+        yield
+    finally:
+        _locks.discard(stream)
+
+
+def _close_locks() -> None:
+    for stream in _locks:
+        stream.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_locks)
 
 
 def _umask() -> int:

@@ -27,6 +27,7 @@ from cocosnet.data.extractors import Extractor, condition_extractor, extractor_n
 from cocosnet.data.images import (
     check_file,
     check_format,
+    check_not_thin,
     load_rgb,
     resize_shorter,
     save_image,
@@ -265,6 +266,7 @@ class Translator:
     def _extracted(self, photo: Image.Image, path: str, side: int | None = None) -> Image.Image | Pose:
         """What the extractor finds in the photograph of that file. Raises DataError naming the file."""
         try:
+            check_not_thin(photo)
             return self.extractor(photo, side)
         except DataError as error:
             raise DataError(f"{shown(path)}: {error}") from error

@@ -46,6 +46,15 @@ def test_compact_files_are_half_as_large_and_nearly_equal(saved, tmp_path):
     assert isinstance(cocosnet.load_model(tmp_path / "compact.safetensors", device="cpu"), CoCosNet)
 
 
+def test_the_same_model_is_the_same_file_byte_for_byte(saved, tmp_path):
+    texts = {"note": 'é\n\x01\x7f"\\/', **{letter: letter for letter in "dcba"}}
+    for index in range(5):
+        save_model(tmp_path / f"{index}.safetensors", saved[0], texts)
+    assert len({(tmp_path / f"{index}.safetensors").read_bytes() for index in range(5)}) == 1
+    assert read_metadata(tmp_path / "0.safetensors").items() >= texts.items()
+    assert load_file(tmp_path / "0.safetensors").keys() == load_file(saved[1]).keys()
+
+
 def test_a_run_folder_stands_for_its_model(saved):
     assert cocosnet.load_model(saved[1].parent, device="cpu").config == saved[0].config
 

@@ -23,6 +23,7 @@ from cocosnet.errors import ConfigError, MissingWeights
 from cocosnet.losses.perceptual import Vgg, load_perceptual
 from cocosnet.metrics import Evaluation, evaluate, get_metric
 from cocosnet.metrics.evaluation import BATCH_PIXELS
+from cocosnet.metrics.features import sharing
 from cocosnet.metrics.fid import GaussianFit, frechet_distance, squared_mmd
 
 
@@ -170,9 +171,22 @@ def test_pictures_of_another_size_than_the_regions_pass_the_network_once_for_eac
     monkeypatch.setattr(Vgg, "maps", lambda self, image: passes.append(image.shape[-1]) or counted(self, image))
     roles = {role: picture_tensor(seed, (96, 80)) for seed, role in enumerate(("output", "target", "exemplar"))}
     roles |= {role: torch.ones(1, 1, 80, 96, dtype=torch.int32) for role in ("labels", "exemplar_labels")}
-    for metric in metrics:
-        metric.update(*(roles[role] for role in metric.needs))
+    with sharing():
+        for metric in metrics:
+            metric.update(*(roles[role] for role in metric.needs))
     assert sorted(passes) == [96] * 3 + [256] * 3
+
+
+@pytest.mark.parametrize("name", ["semantic", "fd_vgg16"])
+def test_a_tensor_that_is_filled_anew_for_every_pair_is_looked_at_every_time(vgg, name):
+    """As a loop over a loader with a buffer of its own does."""
+    buffer, fresh, reused = picture_tensor(0), get_metric(name), get_metric(name)
+    for seed in range(1, 4):
+        target = picture_tensor(9 + seed)
+        buffer.copy_(picture_tensor(seed))
+        reused.update(buffer, target)
+        fresh.update(picture_tensor(seed), target)
+    assert reused.compute()["value"] == fresh.compute()["value"]
 
 
 def test_a_batch_of_small_pictures_takes_no_more_memory_than_one_of_large_ones(vgg, monkeypatch, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from cli_tools import ROOT, lines, run
+from PIL import Image
 
 from cocosnet.config import load_config
 from cocosnet.data.records import read_manifest
@@ -64,6 +65,42 @@ def test_a_manifest_from_windows_and_one_with_any_bytes_in_its_names_are_read(tm
     path = tmp_path / "m.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"id": "first", "condition": "a.png"}\r\n{"id": "\xff", "condition": "b.png"}\r\n')
     assert [record.status for record in read_manifest(path)] == ["ok", "ok"]
+
+
+@pytest.mark.parametrize("text", ["007", "1e3", "2026-11-27", "1:30", "0x10", " a b "])
+def test_a_name_that_looks_like_a_number_stays_as_it_was_typed(text):
+    assert load_config("tiny-cpu", [f"data.landmarks={text}"]).data.landmarks == text.strip()
+
+
+def test_values_of_the_command_line_are_what_their_fields_are():
+    typed = [
+        "train.images=010",
+        "train.lr_g=1e-3",
+        "train.compile=true",
+        "data.landmarks=",
+        "model.encoder.widths=[8, 9, 010]",
+    ]
+    config = load_config("tiny-cpu", typed)
+    assert (config.train.images, config.train.lr_g, config.train.compile) == (10, 1e-3, True)
+    assert config.data.landmarks == "" and config.model.encoder.widths == (8, 9, 8)
+    with pytest.raises(ConfigError, match="data.landmarks: expected str, found False"):
+        load_config("tiny-cpu", ["data.landmarks=no"])
+    assert load_config("tiny-cpu", ["data.landmarks='no'"]).data.landmarks == "no"
+
+
+@pytest.mark.parametrize("name", ["a.png", "A.JPG", "run.npz", "model.safetensors"])
+def test_scores_do_not_replace_a_picture_or_a_model(pair, tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b"precious")
+    one = pair["condition"]
+    done = run("eval", "--outputs", one, "--targets", one, "--metrics", "l1", "--scores", path)
+    assert done.returncode == 2 and "name it so" in done.stderr and path.read_bytes() == b"precious"
+
+
+def test_a_thin_strip_does_not_take_the_memory_of_its_enlargement(pair, tmp_path):
+    Image.new("RGB", (2000, 8), "red").save(tmp_path / "strip.png")
+    (record,) = translated([{**pair, "condition": str(tmp_path / "strip.png")}], tmp_path / "out", "--raw")
+    assert record["status"] == "error" and "strip.png: 2000x8 px is too thin" in record["error"]
 
 
 def test_a_key_that_is_given_twice_is_an_error(tmp_path):

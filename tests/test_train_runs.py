@@ -255,6 +255,40 @@ def test_a_damaged_state_is_passed_over_with_a_note(data, tmp_path, finished, ca
         Trainer(tiny(), data, tmp_path, "cpu").train()
 
 
+def test_a_state_outlives_damaged_ones_of_more_images_and_what_another_run_has_left(data, tmp_path):
+    """Only the newest two are kept, and a broken file or a stranger's is not newer because of its name."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for images in (300, 400):
+        (folder / f"model-{images:09d}.safetensors").write_bytes(b"of another run")
+    Trainer(tiny("train.images=2"), data, tmp_path, "cpu").train()
+    for images in (300, 400):
+        (folder / f"state-{images:09d}.pt").write_bytes(b"half of")
+    Trainer(tiny("train.images=4"), data, tmp_path, "cpu").train()
+    assert load_state(folder / "state-000000004.pt")["images"] == 4
+    assert read_metadata(folder / "model-000000004.safetensors")["cocosctl.images"] == "4"
+
+
+def test_two_runs_do_not_write_into_one_folder_and_a_killed_one_leaves_it_free(data, tmp_path):
+    run = tmp_path / "run"
+    (tmp_path / "config.yaml").write_text(config_to_yaml(tiny("train.images=40000", "train.workers=1")))
+    command = [*COCOSCTL, "train", tmp_path / "config.yaml", "--data", data, "-o", run, "-q"]
+    first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        while not list((run / "checkpoints").glob("state-*.pt")) and first.poll() is None:
+            time.sleep(0.1)
+        second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+        assert second.returncode == 3 and first.poll() is None
+        assert second.stderr.count("\n") == 1 and "another train is at work on this folder" in second.stderr
+    finally:
+        first.kill()
+        first.wait()
+    longer = load_state(max((run / "checkpoints").glob("state-*.pt")))["images"] + 2
+    command += ["--set", f"train.images={longer}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
 def test_no_room_for_a_state_is_said_in_one_line_and_the_one_before_stays(data, tmp_path, finished):
     """A limit on the size of files stands in for a full disk: the writers meet an OSError in the same place."""
     run = tmp_path / "run"

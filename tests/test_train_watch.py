@@ -263,6 +263,18 @@ def test_from_where_a_run_goes_on_can_be_said(data, tmp_path):
         Trainer(tiny(), data, tmp_path / "third", "cpu", resume="nowhere.pt").train()
 
 
+def test_a_run_that_goes_on_in_another_folder_has_its_best_model_there(data, tmp_path):
+    often = "train.val_images=4", "train.val_pairs=4"
+    Trainer(tiny(*often, "train.images=4"), data, tmp_path / "run", "cpu").train()
+    path = tmp_path / "run" / "checkpoints" / "state-000000004.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "best": -1.0}, path)  # better than whatever comes
+    Trainer(tiny(*often), data, tmp_path / "other", "cpu", resume=path).train()
+    assert read_metadata(tmp_path / "other" / "best.safetensors")["cocosctl.images"] == "8"
+    Trainer(tiny(*often), data, tmp_path / "run", "cpu").train()
+    assert read_metadata(tmp_path / "run" / "best.safetensors")["cocosctl.images"] == "4"
+
+
 def test_a_state_of_before_it_held_the_config_is_judged_by_its_run_folder(data, tmp_path):
     Trainer(tiny("train.images=2"), data, tmp_path / "run", "cpu").train()
     path = tmp_path / "run" / "checkpoints" / "state-000000002.pt"

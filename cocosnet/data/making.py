@@ -22,7 +22,7 @@ from cocosnet.config import Config, DataConfig
 from cocosnet.data import crop
 from cocosnet.data.conditions import EXTENDED_UNKNOWN, NO_CLASS, condition_filter, labels_to_image
 from cocosnet.data.extractors import READY_MADE, WORK_SIDE, Extractor, get_extractor, names_detector
-from cocosnet.data.images import load_gray, load_rgb, resize_shorter, save_image, shown
+from cocosnet.data.images import check_not_thin, load_gray, load_rgb, resize_shorter, save_image, shown
 from cocosnet.data.labels import UNKNOWN, read_labels
 from cocosnet.data.pose import Pose, read_pose, write_pose
 from cocosnet.data.records import Record
@@ -33,7 +33,6 @@ from cocosnet.files import atomic_write
 IMAGES, CONDITIONS, STAMPS, FEATURES = "images", "conditions", ".stamps", ".features"
 METHOD = 2  # raised where the same options give other pictures or conditions, which are then made anew
 SQUARE_BY_FACE = ("face", "align")
-LONGEST = 16  # a picture's longer side over its shorter one; at a given shorter side a network's memory grows with it
 BATCH = 8  # pictures that a network on a GPU sees at once, where the config does not say
 
 
@@ -283,8 +282,7 @@ class Maker:
         job.points = self._points(job, image)
         job.frame = self._frame(image.size, job.points)
         job.part = job.frame.apply(image, self.config.prepare.pad_value)
-        if max(job.part.size) > LONGEST * min(job.part.size):
-            raise DataError(f"{image.width}x{image.height} px is too thin, over {LONGEST} to 1; crop it first")
+        check_not_thin(job.part)
         job.picture = resize_shorter(job.part, self.data.size)
         if "condition" in job.parts:
             job.stamp |= {"top": -1, "extra": _crop_record(job.frame, self.data)}

@@ -39,7 +39,7 @@ from cocosnet.data.pairs import Choice, check_pairs, choose, random_round
 from cocosnet.data.records import DATASET_NAME, MANIFEST_NAME, Record, is_prepared, write_manifest
 from cocosnet.data.sources import Item, check_crop, find_items, photo_root
 from cocosnet.errors import CocosError, ConfigError, DataError, HelperKilled
-from cocosnet.files import atomic_write
+from cocosnet.files import atomic_write, only_one
 from cocosnet.groups import agree, end_group, everyone, join_group
 from cocosnet.launcher import place, usable_cores
 
@@ -185,14 +185,14 @@ class Preparation:
             made: called for each photograph that is made, or found to be; long before its record, where that waits.
 
         Raises:
-            DataError: another run is at work on the folder. OutputError: it cannot be written. HelperKilled: one of
-                the processes was.
+            OutputError: the folder cannot be written, or another run is at work on it. HelperKilled: one of the
+                processes was.
         """
         rank, ranks = place()
         if ranks > 1:
             yield from self._run_shared(rank, ranks, made)
             return
-        with helpers_may_be_killed(), _only_one(self.output):
+        with helpers_may_be_killed(), only_one(self.output, "prepare"):
             self._clear()
             yield from self._finish(self._make(self._order(), made))
 
@@ -221,7 +221,7 @@ class Preparation:
 
             def take_folder() -> None:
                 if rank == 0:
-                    held.enter_context(_only_one(self.output))
+                    held.enter_context(only_one(self.output, "prepare"))
                     self._clear()
 
             agree(take_folder)
@@ -430,29 +430,6 @@ def _as_it_is(answer: list[Made] | CocosError) -> list[Made] | CocosError:
 
 def _with_exemplar(record: Record, exemplar: Record) -> Record:
     return dataclasses.replace(record, exemplar=exemplar.target, exemplar_condition=exemplar.condition)
-
-
-@contextlib.contextmanager
-def _only_one(output: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system takes back from a killed process. Raises DataError where it is held."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows, where two runs at once are the user's own affair
-        yield
-        return
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        stream = open(output / ".lock", "w")
-    except OSError as error:
-        raise DataError(f"{shown(output)}: cannot write here: {error.strerror}; choose another folder") from error
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"{shown(output)}: another prepare is at work on this folder; wait for it") from error
-        except OSError as error:  # a file system without locks, as Lustre is where it was mounted without them
-            logger.warning("%s: no locks here (%s); see to it that no other run writes to it", output, error.strerror)
-        yield
 
 
 def _remove_leftovers(output: Path) -> None:

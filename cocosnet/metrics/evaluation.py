@@ -21,8 +21,10 @@ from cocosnet.data.images import SUFFIXES, find_images, load_labels, load_rgb, s
 from cocosnet.data.records import PATH_FIELDS, Record
 from cocosnet.errors import ConfigError, DataError, memory_named
 from cocosnet.metrics.base import size_text
+from cocosnet.metrics.features import sharing
 from cocosnet.metrics.registry import get_metric
 from cocosnet.metrics.shards import ALONE, Shards
+from cocosnet.precision import full_float32
 from cocosnet.weights import fingerprint
 
 SCHEMA = "cocosctl.eval/1"
@@ -175,18 +177,23 @@ class Evaluation:
         pictures = {role: torch.cat([pair.pictures[role] for pair in batch]) for role in batch[0].pictures}
         pictures = {role: picture.to(self._device) for role, picture in pictures.items()}
         scores: list[dict[str, float | None]] = [{} for _ in batch]
-        for name, metric in self.metrics.items():
-            start = time.perf_counter()
-            with memory_named(lambda _, name=name: _too_large(name, batch[0], self._device)):
-                found = metric.update(*(pictures[role] for role in metric.needs))
-            if self._device.type == "cuda":
-                torch.cuda.synchronize()
-            self._gathered.seconds[name] += time.perf_counter() - start
-            if found is not None:
-                for score, value in zip(scores, found, strict=True):
+        with sharing(), full_float32():
+            for name, metric in self.metrics.items():
+                found = self._update(name, [pictures[role] for role in metric.needs], batch[0])
+                for score, value in zip(scores, found or (), strict=found is not None):
                     score[name] = value
         for pair, score in zip(batch, scores, strict=True):
             self._gathered.add(pair, score)
+
+    def _update(self, name: str, pictures: list[Tensor], first: _Pair) -> list[float | None] | None:
+        """Give pictures to one metric and count its seconds. `first`: the pair to name where memory is too small."""
+        start = time.perf_counter()
+        with memory_named(lambda _: _too_large(name, first, self._device)):
+            found = self.metrics[name].update(*pictures)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._gathered.seconds[name] += time.perf_counter() - start
+        return found
 
     def _result(self, start: float) -> dict[str, Any]:
         gathered = self._gathered

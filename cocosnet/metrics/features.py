@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +19,38 @@ from cocosnet.errors import CheckpointError
 from cocosnet.losses.perceptual import Vgg, load_perceptual
 from cocosnet.weights import fingerprint
 
+_shared: ContextVar[list[tuple[Remembering, Tensor, Any]] | None] = ContextVar("shared", default=None)
+
+
+@contextlib.contextmanager
+def sharing() -> Iterator[None]:
+    """The context in which each picture passes a network once, however many metrics ask; its pixels must not change."""
+    token = _shared.set([])
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
 
 class Remembering:
-    """A function of batches of pictures that remembers its results, by the identity of the batch, while that exists.
+    """A function of batches of pictures that remembers its results by the batch's identity, within `sharing` only.
 
-    All metrics of an evaluation are given the same tensors, so that each picture passes a network once.
+    Outside of it a caller may fill the same tensor with other pictures, which cannot be told.
     """
 
     def __init__(self, function: Callable[[Tensor], Any]) -> None:
         self._function = function
-        self._results: list[tuple[weakref.ref[Tensor], Any]] = []
 
     def __call__(self, batch: Tensor) -> Any:
         """The function's result for this very tensor."""
-        self._results = [(known, result) for known, result in self._results if known() is not None]
-        for known, result in self._results:
-            if known() is batch:
+        known = _shared.get()
+        for function, pictures, result in known or ():
+            if function is self and pictures is batch:
                 return result
         result = self._function(batch)
-        self._results.append((weakref.ref(batch), result))
+        if known is not None:
+            known.append((self, batch, result))
         return result
-
-    def forget(self) -> None:
-        """Drop what is remembered."""
-        self._results = []
 
 
 class VggFeatures:
@@ -59,7 +68,6 @@ class VggFeatures:
     def want(self, layers: Iterable[str]) -> None:
         """Layers that will be asked for."""
         self._layers |= set(layers)
-        self._maps.forget()
 
     def __call__(self, batch_B3HW: Tensor) -> VggMaps:
         """Maps of the layers that are wanted."""

@@ -26,17 +26,22 @@ _BACKEND = "model.matching.backend"  # all but "exact" find the same matches, so
 
 
 def save_state(folder: Path, images: int, state: dict[str, Any]) -> Path:
-    """Write `state` as the one of `images` images, then drop all but the newest two. Raises DataError if it cannot."""
+    """Write `state` as the one of `images` images, then drop all older ones but one. Raises DataError if it cannot."""
     path = folder / f"state-{images:09d}.pt"
     with atomic_path(path, (RuntimeError,)) as temporary, open(temporary, "wb") as stream:
         torch.save({"format": FORMAT, "images": images, **state}, stream)  # a full disk becomes a RuntimeError in there
-    prune(folder, "state-*.pt")
+    prune(path)
     return path
 
 
-def prune(folder: Path, pattern: str) -> None:
-    """Remove all but the newest two of the files that match; their names hold the images, so they sort by age."""
-    for old in sorted(folder.glob(pattern))[:-KEPT]:
+def prune(newest: Path) -> None:
+    """Of `newest`, KIND-IMAGES.SUFFIX, and what came before it in its folder, remove all but two.
+
+    Files of more images stay: damaged states that were passed over, or what another run has left.
+    """
+    kind = newest.name.partition("-")[0]
+    before = [path for path in newest.parent.glob(f"{kind}-*{newest.suffix}") if path.name <= newest.name]
+    for old in sorted(before)[:-KEPT]:
         old.unlink(missing_ok=True)
 
 

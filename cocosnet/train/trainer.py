@@ -26,7 +26,7 @@ from cocosnet.config import Config, check_trainable, config_to_yaml
 from cocosnet.data.dataset import PairDataset, as_prepared
 from cocosnet.data.images import save_image, to_image
 from cocosnet.errors import CheckpointError, CocosError, ConfigError, OutputError, Stopped
-from cocosnet.files import atomic_path, atomic_write, cannot_write
+from cocosnet.files import atomic_path, atomic_write, cannot_write, only_one
 from cocosnet.launcher import usable_cores
 from cocosnet.metrics.registry import get_metric
 from cocosnet.model.cocosnet import Output
@@ -77,7 +77,8 @@ class Trainer:
         CheckpointError: there are states in the run folder but none can be read, or one does not fit.
         Stopped: SIGINT, SIGTERM or SIGUSR1; the state was saved.
     Once the run has begun, DataError (a picture is damaged) and ConfigError (the numbers have ceased to be finite) come
-    with the state saved, and on every rank; OutputError (the disk is full) on every rank, without.
+    with the state saved, and on every rank; OutputError (the disk is full) on every rank, without. OutputError is also
+    raised where another process trains into the run folder.
     """
 
     def __init__(
@@ -126,7 +127,15 @@ class Trainer:
         A run that a signal stopped leaves the file RUN/stopped, for launchers that do not pass the exit code on.
         """
         self.ranks.write(self._rehearse)
-        self.load()
+        with self._alone():
+            self.load()
+            self._learn()
+            self.save()
+        self.ranks.leave()
+        return self.run / "model.safetensors"
+
+    def _learn(self) -> None:
+        """All steps that are left."""
         self._logged, self._waited = (self.images, time.monotonic()), 0.0
         self._started = self._logged
         with self._signals(), self._board_closed():
@@ -137,9 +146,6 @@ class Trainer:
                     self._report()
                 if self.ranks.any(bool(self.stop_signal or self._unheard)):
                     self._stop()
-        self.save()
-        self.ranks.leave()
-        return self.run / "model.safetensors"
 
     def train_step(self, batch: Batch) -> None:
         """One step of the generator and, once the adversarial loss has set in, one of the discriminator (Section 4)."""
@@ -178,7 +184,7 @@ class Trainer:
         save_state(folder, self.images, {**self._state(), "random": random})
         path = folder / f"model-{self.images:09d}.safetensors"
         save_model(path, self.ema.settled(), {"cocosctl.images": str(self.images)})
-        prune(folder, "model-*.safetensors")
+        prune(path)
         with atomic_path(self.run / "model.safetensors") as temporary:
             shutil.copyfile(path, temporary)
 
@@ -435,7 +441,8 @@ class Trainer:
             for name, part in self._parts().items():
                 part.load_state_dict(state[name])
             self.images, self.skipped = state["images"], state["skipped"]
-            self.best = state.get("best", math.inf)  # states of before there was a validation have none
+            if (self.run / "best.safetensors").exists():  # not where a state of another folder goes on in this one
+                self.best = state.get("best", math.inf)  # states of before there was a validation have none
             set_random_state(state.get("random", []), self.ranks.rank, self.ranks.size, self.device)
         except (KeyError, RuntimeError, ValueError) as error:
             text = " ".join(str(error).split())[:200]
@@ -454,6 +461,13 @@ class Trainer:
         """For whoever would start the run again by itself, which after an error is of no use."""
         if self._unheard is None:
             atomic_write(self.run / "stopped", f"at {self.images} images\n")
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the run folder, which rank 0 does for all: two runs would write each other's states and log."""
+        with contextlib.ExitStack() as held:
+            self.ranks.write(lambda: held.enter_context(only_one(self.run, "train")))
+            yield
 
     @contextlib.contextmanager
     def _saved_on_failure(self) -> Iterator[None]:
