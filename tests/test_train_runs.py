@@ -31,6 +31,7 @@ from cocosnet.errors import (
     OutputError,
     Stopped,
 )
+from cocosnet.files import only_one
 from cocosnet.train.runlog import Averages, RunLog
 from cocosnet.train.state import load_state
 from cocosnet.train.trainer import SKIP_LIMIT, Trainer
@@ -78,6 +79,18 @@ MATCHING = """
         found = propagate(*given, iterations=2)
         tell("propagate", found.positions, found.scores)
         tell("warp", soft_warp(torch.rand(1, 3, 16, 16, generator=draw), found.positions, found.scores, 0.01))
+"""
+KILLED_HOLDER = """
+    import os, signal, sys, time
+    from pathlib import Path
+    from cocosnet.files import only_one
+    with only_one(Path(sys.argv[1]), "train"):
+        child = os.fork()
+        if child == 0:
+            os.close(1)
+            time.sleep(60)
+        print(child, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
 """
 LIMITED = """
     import os, resource, sys
@@ -287,6 +300,19 @@ def test_two_runs_do_not_write_into_one_folder_and_a_killed_one_leaves_it_free(d
     command += ["--set", f"train.images={longer}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_a_killed_run_has_started_does_not_keep_its_folder(tmp_path):
+    """Loading processes look only now and then whether their trainer still lives."""
+    command = [sys.executable, "-c", textwrap.dedent(KILLED_HOLDER), str(tmp_path)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, timeout=60)
+    child = int(done.stdout)
+    try:
+        assert done.returncode == -signal.SIGKILL and Path(f"/proc/{child}").exists()
+        with only_one(tmp_path, "train"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 def test_no_room_for_a_state_is_said_in_one_line_and_the_one_before_stays(data, tmp_path, finished):
