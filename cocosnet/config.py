@@ -33,7 +33,7 @@ class DataConfig:
     task: str = "edge"  # what a condition is: edge (1 channel), mask (one-hot labels) or pose
     size: int = 512  # px, shorter side of a prepared picture; training crops squares of this side
     classes: int = 0  # label classes of task mask; one further channel holds "unknown"
-    edges: str = "auto"  # edge extractor: hed, hed-small, image (ready-made), or auto (hed where its weights are)
+    edges: str = "auto"  # hed, hed-small, hed-face, hed-small-face, canny, image (ready-made), a package's, auto
     poses: str = "auto"  # pose extractor: mediapipe, rtmlib, controlnet, openpose (ready-made files), or auto
     pose_maps: str = "limbs"  # limbs: drawn skeleton and 17 distance maps (release); heatmaps: a Gaussian a joint
     crop: str = "none"  # none, square (the centre), face (around landmarks), align (and turned), pad (to a square)

@@ -1,6 +1,7 @@
 """The errors that a user can cause and mend; the command line turns each into one line and an exit code.
 
-Everything else that is raised is a defect of ours and keeps its traceback.
+What else is raised comes from the system or another package, is a ValueError for tensors that do not fit, or is a
+defect of ours, which keeps its traceback.
 """
 
 from __future__ import annotations

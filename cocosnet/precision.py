@@ -40,7 +40,7 @@ def full_float32() -> contextlib.AbstractContextManager:
 
 
 def autocast(precision: torch.dtype, device: torch.device) -> torch.autocast:
-    """The context in which convolutions compute in that type; matching, softmax and norms stay in float32."""
+    """The context in which convolutions compute in that type; matching, softmax and the sums of norms are float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16)
 
 

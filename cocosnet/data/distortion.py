@@ -1,7 +1,8 @@
-"""The geometric distortion T that makes a pseudo exemplar of x_B (Section 3.4): thin-plate spline, then affine.
+"""The geometric distortion T that makes a pseudo exemplar of x_B (Section 3.4): an affine map, then a spline.
 
 Convention: as in `cocosnet.model.warp`, a position is (y, x) in px with pixel centres at integers. A grid is a backward
-map: the output pixel p shows the input at grid[p]. Outside, the picture is continued by reflection.
+map, and so made the other way round: the output pixel p shows the input at grid[p]. Outside, the picture is continued
+by reflection.
 """
 
 from __future__ import annotations

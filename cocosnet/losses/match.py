@@ -29,9 +29,9 @@ def match_loss(
     temperature: float,
     count: Tensor | None = None,
 ) -> Tensor:
-    """-log softmax(cos(f^x, f^y) / temperature) at the true match, over all places of a level as in Eq. 4.
+    """-log softmax(cos(f^x, f^y) / temperature) at the true match, as in Eq. 4 but over about PLACES of a level.
 
-    Summed over the levels, averaged over pixels and over the samples whose exemplar is a pseudo exemplar.
+    Summed over the levels, averaged over about QUERIES pixels and over the samples whose exemplar is a pseudo exemplar.
     features_x of x_A, features_y of the exemplar: L maps B,C,h,w float32 of unit length, as they are compared.
     field: B,2,H,W, the exemplar's pixel p shows x_B at field(p), (y, x) in px; those of the outside do not count.
     pseudo, count: as for Eq. 12 (`correspondence_loss`). Returns a float32 scalar, 0 where no sample is pseudo.

@@ -32,7 +32,10 @@ class Discriminator(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """4x4 convolutions, stride 2 but for the last hidden one and the score (release). B,C,H,W -> list of maps."""
+    """4x4 convolutions, stride 2 but for the last hidden one and the score (release, which pads by 1, though).
+
+    B,C,H,W -> list of maps.
+    """
 
     def __init__(self, inputs: int, config: DiscriminatorConfig):
         super().__init__()

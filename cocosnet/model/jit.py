@@ -19,7 +19,13 @@ import torch
 from cocosnet.errors import OutputError
 
 REMEDY = "name another folder for it by the environment's NUMBA_CACHE_DIR"
-SHARED = ("lanes", "patchmatch", "quick", "warp")  # modules whose code or constants are compiled into others' kernels
+SHARED = (
+    "desk",
+    "lanes",
+    "patchmatch",
+    "quick",
+    "warp",
+)  # modules whose code or constants are compiled into others' kernels
 _TURN = threading.RLock()
 
 

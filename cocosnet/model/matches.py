@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass
 class Matches:
-    """H_l and S_l: the K nearest neighbours of every pixel, best first.
+    """H_l and S_l: the K nearest neighbours of every pixel, best first unless a function says otherwise.
 
     positions: B,K,2,h,w float32, (y, x) in pixels of the exemplar's map at this level, inside the map.
     scores: B,K,h,w float32, cosine similarity in [-1, 1]; -inf marks an empty slot (fewer than K distinct candidates).

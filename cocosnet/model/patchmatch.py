@@ -57,7 +57,7 @@ def descend(coarse_positions: Tensor, features_x: Tensor, features_y: Tensor) ->
     A match's children are the four fine pixels of its pixel; the best K/2 (rounded up) have theirs tried. The
     scattered places are what the coarse level could not know: a single pixel that hits a place much like its own hands
     it on to all around it by propagation. coarse_positions B,K,2,h/2,w/2 (rounded up); features as for `propagate`.
-    Returns K distinct matches, best first.
+    Returns the K best distinct ones, best first; slots stay empty where there are fewer.
     """
     height, width = features_x.shape[-2:]
     count = coarse_positions.shape[1]

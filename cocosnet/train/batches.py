@@ -138,7 +138,7 @@ def make_sample(item: Mapping[str, Any], config: Config, *, pseudo: bool, genera
     A pseudo exemplar is x_B distorted, and its condition likewise. Raises DataError where a picture is too small.
     """
     channels = item["condition"].shape[0]
-    seen = channels if config.model.encoder.exemplar_condition else 0  # up to 151 channels are not moved for nothing
+    seen = channels if config.model.encoder.exemplar_condition else 0  # up to 152 channels are not moved for nothing
     own = _crop(torch.cat([item["condition"], item["image"]]), config.data.size, item["id"], generator)
     if pseudo or item.get("exemplar") is None:
         (other,), field = distort(own[None, channels - seen :], config.distortion, generator)

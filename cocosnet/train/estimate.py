@@ -20,7 +20,7 @@ from cocosnet.train.steps import discriminator_step, generator_step
 
 CPU_SIZE = 128  # px, side of the picture that is tried on a CPU; a GPU tries the config's own size
 TRIED = 2  # steps; the last one is timed
-COPIES = 5  # of a learned number: itself, its gradient, Adam's two means, and the average (D has none)
+COPIES = 5  # of a learned number: itself, its gradient, Adam's two means, and the average (D and R have none)
 
 
 def estimate(config: Config, device: torch.device) -> dict[str, Any]:

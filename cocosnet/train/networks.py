@@ -26,7 +26,8 @@ class Networks:
     """M, N and G in `model`; R (None for the systems that have no mapping loss); D; and phi (None where the config
     names no perceptual network).
 
-    precision: the type that convolutions compute in; losses and matching are float32 whatever it is.
+    precision: the type that convolutions compute in, those of phi too; matching, the contextual and match losses and
+    all sums are float32 whatever it is.
     ranks: the processes that hold copies of these networks and step together.
     """
 

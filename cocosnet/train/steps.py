@@ -61,15 +61,9 @@ def generator_step(
     networks.discriminator.requires_grad_(False)
     pseudo, sums, images = networks.ranks.mean({"": batch.pseudo.mean()})[""], {}, []
     for part, weight in batch.split(stepping.accumulate):
-        with networks.autocast():
-            parts, output = generator_losses(
-                networks, part, config, adversarial_on=adversarial_on, count=pseudo * len(part.pseudo)
-            )
-        total = total_loss(parts, loss_weights(config))
-        (weight * total).backward()
-        measures = {"warp_error": warp_error(output.warps[-1], part, pseudo)} if output.warps else {}
-        _add(sums, {"total": total, **parts, **measures}, weight)
-        images.append(output.image.detach())
+        values, image = _learn_part(networks, part, weight, pseudo, config, adversarial_on)
+        _add(sums, values, weight)
+        images.append(image)
     networks.discriminator.requires_grad_(True)
     means = networks.ranks.mean(sums)
     if "warp_error" in means:
@@ -98,17 +92,36 @@ def discriminator_step(
         real, fakes = zip(*(scale[-1].chunk(2) for scale in maps), strict=True)
         loss = adversarial.discriminator_loss(real, fakes)
         (weight * loss).backward()
-        _add(sums, {"disc": loss}, weight)
+        _add(sums, {"disc": loss.detach()}, weight)
     means = networks.ranks.mean(sums)
     parameters = list(networks.discriminator.parameters())
     applied, means["disc_grad_norm"] = apply_step(means["disc"], parameters, optimizer, networks.ranks, stepping.clip)
     return StepResult(fake, means, applied)
 
 
+def _learn_part(
+    networks: Networks, part: Batch, weight: float, pseudo: Tensor, config: LossConfig, adversarial_on: bool
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Add the gradients of `weight` times a part's loss; returns its losses and measures, and the output.
+
+    What it returns is cut off from the graph, and nothing else of the part is alive when the next one begins.
+    """
+    with networks.autocast():
+        losses, output = generator_losses(
+            networks, part, config, adversarial_on=adversarial_on, count=pseudo * len(part.pseudo)
+        )
+    total = total_loss(losses, loss_weights(config))
+    (weight * total).backward()
+    values = {name: value.detach() for name, value in {"total": total, **losses}.items()}
+    if output.warps:
+        values["warp_error"] = warp_error(output.warps[-1], part, pseudo)
+    return values, output.image.detach()
+
+
 def _add(sums: dict[str, Tensor], values: dict[str, Tensor], weight: float) -> None:
-    """Add `weight` times each of `values`, cut off from the graph, to the sum of its name."""
+    """Add `weight` times each of `values` to the sum of its name."""
     for name, value in values.items():
-        sums[name] = sums.get(name, 0) + weight * value.detach()
+        sums[name] = sums.get(name, 0) + weight * value
 
 
 def generator_losses(
@@ -117,8 +130,8 @@ def generator_losses(
     """The generator's losses of Eq. 19, unweighted scalars by name, and the forward pass that they come from.
 
     A model that matches nothing has neither Eq. 11 nor Eq. 12; R's Eq. 13-14 belong to CoCosNet v2 alone.
-    count: what Eq. 12 is divided by; its default is the number of pseudo exemplars in `batch`. Where a batch is shared
-    among processes or worked off in parts, it is the mean number that a part of this length has.
+    count: what Eq. 12 and the match loss are divided by; its default is the number of pseudo exemplars in `batch`.
+    Where a batch is shared among processes or worked off in parts, it is the mean number for a part of this length.
     """
     model = networks.model
     out = model(*batch.inputs)
