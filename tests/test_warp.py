@@ -10,6 +10,7 @@ from scipy.ndimage import map_coordinates
 from cocosnet.model.warp import (
     child_positions,
     clamp_positions,
+    downsample_field,
     pixel_grid,
     sample,
     scattered_positions,
@@ -71,6 +72,13 @@ def test_upsampling_the_identity_gives_the_identity_and_an_offset_doubles():
     assert torch.equal(upsample_positions(identity, 6, 10)[0, 0], pixel_grid(6, 10))
     shifted = upsample_positions(identity + torch.tensor([1.0, -2.0]).view(1, 1, 2, 1, 1), 6, 10)[0, 0]
     assert torch.equal(shifted, pixel_grid(6, 10) + torch.tensor([2.0, -4.0]).view(2, 1, 1))
+
+
+def test_a_field_made_coarser_undoes_its_upsampling():
+    fine = upsample_positions(torch.rand(2, 1, 2, 5, 4) * 9, 10, 8)
+    assert torch.allclose(upsample_positions(downsample_field(fine[:, 0], 2)[:, None], 10, 8), fine, atol=1e-5)
+    identity = pixel_grid(12, 8)[None]
+    assert torch.allclose(downsample_field(identity, 4), pixel_grid(3, 2)[None])
 
 
 def test_the_children_of_a_match_are_the_four_fine_pixels_of_its_pixel_own_corner_first():

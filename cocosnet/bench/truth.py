@@ -17,7 +17,7 @@ from cocosnet.config import DistortionConfig
 from cocosnet.data.distortion import apply_grid, random_grid
 from cocosnet.data.images import load_rgb, to_tensor
 from cocosnet.errors import ConfigError
-from cocosnet.model.warp import downsample
+from cocosnet.model.warp import downsample, downsample_field
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Pair:
 
         A pixel of the level stands for factor x factor pixels; its truth is the mean of theirs.
         """
-        field = (downsample(self.field, factor) + 0.5) / factor - 0.5
+        field = downsample_field(self.field, factor)
         height, width = field.shape[-2:]
         limit = field.new_tensor([height - 1, width - 1]).view(1, 2, 1, 1)
         return field, ((field >= 0) & (field <= limit)).all(1)

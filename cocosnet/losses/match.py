@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cocosnet.model.warp import downsample, of_axes, sample
+from cocosnet.model.warp import downsample_field, of_axes, sample
 from cocosnet.precision import without_autocast
 
 QUERIES = 256  # pixels of a level, about, that are asked for
@@ -43,8 +43,7 @@ def match_loss(
 
 def _level(x: Tensor, y: Tensor, field: Tensor, temperature: float) -> Tensor:
     """One level's value for each sample: B."""
-    factor = field.shape[-1] // y.shape[-1]
-    truth = (downsample(field, factor) + 0.5) / factor - 0.5
+    truth = downsample_field(field, field.shape[-1] // y.shape[-1])
     y, truth = _thinned(y, PLACES), _thinned(truth, PLACES)
     height, width = y.shape[-2:]
     places = torch.arange(height * width, device=y.device).view(1, height, width)

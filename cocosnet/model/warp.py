@@ -74,6 +74,14 @@ def upsample_positions(positions_BK2hw: Tensor, height: int, width: int) -> Tens
     return doubled + pixel_grid(height, width, positions_BK2hw.device).remainder(2)
 
 
+def downsample_field(field_B2HW: Tensor, factor: int) -> Tensor:
+    """A dense field as a coarser level sees it: the mean of `factor` x `factor` positions, in that level's pixels.
+
+    The way back of `upsample_positions`. Returns B,2,H/factor,W/factor.
+    """
+    return (downsample(field_B2HW, factor) + 0.5) / factor - 0.5
+
+
 def child_positions(positions_BK2hw: Tensor, height: int, width: int) -> Tensor:
     """Start a finer level: a match in coarse pixel q says that the fine one lies in one of the four fine pixels of q.
 
