@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import NoReturn
 
@@ -13,6 +14,7 @@ def main() -> NoReturn:
 
         app.main()
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would end in a traceback from what is taken down
         from cocosctl.exits import ExitCode
         from cocosctl.output import say
 

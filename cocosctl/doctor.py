@@ -15,6 +15,7 @@ from typing import Any
 from cocosctl import options
 from cocosctl.output import Output
 from cocosnet import __version__
+from cocosnet.errors import CheckpointError
 
 BROKEN = "does not load"
 OPTIONAL = re.compile(r"""([\w.-]+).*extra == "(\w+)"\)?""")  # a requirement of an extra: package and extra
@@ -95,9 +96,21 @@ def _bf16_speedup(device: str) -> float:
 
 
 def _weight_facts() -> dict[str, Any]:
-    """Whether each file of weights is here."""
+    """Whether each file of weights is here, and as it should be."""
     from cocosnet import weights
 
     shipped = {path.stem: "shipped" for path in sorted(weights.ASSET_FOLDER.glob("*.safetensors"))}
-    external = {name: "found" if weights.has_weights(name) else "absent" for name in weights.REGISTRY}
+    external = {name: _weight_state(name) for name in weights.REGISTRY}
     return {f"weights.{name}": state for name, state in (shipped | external).items()}
+
+
+def _weight_state(name: str) -> str:
+    from cocosnet import weights
+
+    if not weights.has_weights(name):
+        return "absent"
+    try:
+        weights.find_weights(name)
+    except (CheckpointError, OSError) as error:
+        return f"damaged ({error})"
+    return "found"

@@ -261,6 +261,8 @@ def load_config(source: str | Path | None = None, overrides: Iterable[str] = ())
 
 def merge_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """The tree with every `section.key=value` applied, in place. Raises ConfigError for a malformed one."""
+    if isinstance(overrides, (str, Mapping)):  # its letters or keys would be taken for overrides
+        raise ConfigError(f"overrides must be a list of section.key=value texts, is {overrides!r}")
     for override in overrides:
         _apply_override(tree, override)
     return tree

@@ -232,7 +232,7 @@ def _resized(image: Tensor, size: Size) -> Tensor:
 
 def format_of(path: str | Path) -> str:
     """The format that a file's suffix chooses. Raises ConfigError or MissingDependency as `export_model`."""
-    form = FORMATS.get(Path(path).suffix.lower())
+    form = FORMATS.get(Path(path).suffix)  # PyTorch knows its own by .pt2 in small letters
     if form is None:
         raise ConfigError(f"{shown(path)}: the suffix chooses the format; give a name that ends in .pt2 or .onnx")
     if form == "onnx":

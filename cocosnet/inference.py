@@ -84,6 +84,7 @@ class Translator:
 
     Raises:
         MissingWeights, CheckpointError, MissingDependency: as `load_model`.
+        ConfigError: a size that is not positive.
     """
 
     def __init__(
@@ -94,6 +95,8 @@ class Translator:
         size: int | None = None,
         keep_parts: bool = False,
     ):
+        if size is not None and size < 1:
+            raise ConfigError(f"size must be at least 1 px, is {size}")
         self.checkpoint, self.raw, self.size, self.keep_parts = find_checkpoint(weights), raw, size, keep_parts
         self.fingerprint = sha256_of(self.checkpoint)  # first: outputs of what a training run puts here later are stale
         self.model: Model = load_model(self.checkpoint, device)
@@ -121,13 +124,13 @@ class Translator:
             )
         return condition_extractor(self.data, self.device)
 
-    def translate(self, record: Record, output: Path, overwrite: bool = False) -> Record:
+    def translate(self, record: Record, output: str | Path, overwrite: bool = False) -> Record:
         """Render one record to `output`; skipped where the file is there and was made of the same inputs.
 
         Raises:
             DataError: an input cannot be read, the memory does not suffice, or the output cannot be written.
         """
-        check_format(output)
+        check_format(output := Path(output))
         start, made_of = time.perf_counter(), self._digest(record)
         if not overwrite and (found := self._up_to_date(made_of, output)):
             return _handled(record, output, "skipped", None, found["condition_source"])
@@ -137,7 +140,7 @@ class Translator:
         done = _handled(record, output, "ok", round(time.perf_counter() - start, 3), pair.source)
         return dataclasses.replace(done, extra=done.extra | parts)
 
-    def plan(self, record: Record, output: Path, overwrite: bool = False) -> Record:
+    def plan(self, record: Record, output: str | Path, overwrite: bool = False) -> Record:
         """What `translate` would do, without doing it: status ok (would be made) or skipped (is up to date).
 
         Raises:
@@ -146,17 +149,17 @@ class Translator:
         for path in _inputs(record):
             check_file(path)
         self._check_task(record)
-        check_format(output)
+        check_format(output := Path(output))
         found = None if overwrite else self._up_to_date(self._digest(record), output)
         return dataclasses.replace(record, output=str(output), status="skipped" if found else "ok", seconds=None)
 
-    def visualize(self, record: Record, output: Path) -> Record:
+    def visualize(self, record: Record, output: str | Path) -> Record:
         """Draw every level's warp, flow, score and match lines of one record to `output`.
 
         Raises as `translate` and `check_matching`.
         """
         self.check_matching()
-        check_format(output)
+        check_format(output := Path(output))
         from cocosnet.viz.panels import warp_panel
 
         start = time.perf_counter()

@@ -15,6 +15,7 @@ from cli_tools import ROOT, broken_torchvision, clean_environment, run
 
 import cocosnet
 from cocosctl.registry import ALIASES, COMMANDS, load_command
+from cocosnet.weights import weight_file
 
 SURFACE = ROOT / "tests" / "cli_surface.txt"
 
@@ -200,6 +201,13 @@ def test_doctor_is_one_object():
     report = json.loads(run("doctor", "--json").stdout)
     assert report["torch"] and report["bf16_speedup"] > 0 and "weights.hed" in report
     assert report["package.tensorboard"] and "package.pytest" not in report
+
+
+def test_doctor_says_which_weights_are_damaged(tmp_path):
+    path = tmp_path / weight_file("hed").filename
+    path.write_bytes(b"half of it")
+    report = json.loads(run("doctor", "--json", COCOSCTL_WEIGHTS_DIR=str(tmp_path)).stdout)
+    assert report["weights.hed"].startswith(f"damaged ({path}: sha256 is ")
 
 
 def test_doctor_finds_a_torchvision_of_another_torch(tmp_path):

@@ -171,6 +171,21 @@ def test_ctrl_c_is_one_line_while_the_helpers_still_start(tmp_path: Path, second
     assert running.returncode == 130 and said == "cocosctl: interrupted\n"
 
 
+def test_a_second_ctrl_c_adds_no_line(tmp_path: Path) -> None:
+    """From an impatient user, or from `timeout`, which tells the process and then its group."""
+    photos = draw_pictures(tmp_path / "photos", 24, (400, 300))
+    process = started(["prepare", photos, "-o", tmp_path / "out", "--edges", "hed-small", "--workers", 2])
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("out/.stamps/[!.]*.json"))) < 3 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and said == "cocosctl: interrupted\n"
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ctrl_c_is_one_line_and_the_next_run_goes_on(tmp_path: Path, workers: int) -> None:
     photos = draw_pictures(tmp_path / "photos", 24, (400, 300))

@@ -55,7 +55,12 @@ def condition_to_tensor(image: Image.Image | Pose, data: DataConfig) -> torch.Te
 
 
 def one_hot(labels: torch.Tensor, classes: int) -> torch.Tensor:
-    """Class indices H,W as classes+1,H,W float32 of 0 and 1; indices outside 0..classes-1 set the last channel."""
+    """Class indices H,W as classes+1,H,W float32 of 0 and 1; indices outside 0..classes-1 set the last channel.
+
+    Raises ValueError for what is not H,W, such as a coloured picture.
+    """
+    if labels.ndim != 2:
+        raise ValueError(f"a label map has one class index a pixel, H,W; this is {tuple(labels.shape)}")
     known = (labels >= 0) & (labels < classes)
     indices = torch.where(known, labels.long(), torch.full_like(labels.long(), classes))
     return torch.zeros(classes + 1, *labels.shape).scatter_(0, indices[None], 1.0)

@@ -285,7 +285,12 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def to_image(tensor: torch.Tensor) -> Image.Image:
-    """A 3,H,W tensor in [-1,1] (values outside are clamped) as a picture of mode RGB; exact inverse of `to_tensor`."""
+    """A 3,H,W tensor in [-1,1] (values outside are clamped) as a picture of mode RGB; exact inverse of `to_tensor`.
+
+    Raises ValueError for another shape.
+    """
+    if tensor.ndim != 3 or tensor.shape[0] != 3:
+        raise ValueError(f"a picture is 3,H,W, this is {tuple(tensor.shape)}; of a batch take one, such as image[0]")
     pixels = (tensor.detach().float().clamp(-1, 1) + 1) * 127.5
     return Image.fromarray(pixels.round().byte().permute(1, 2, 0).cpu().numpy())
 

@@ -420,7 +420,7 @@ def helpers_may_be_killed() -> Iterator[None]:
             raise
         raise HelperKilled(
             "a process that makes pictures was killed, perhaps for want of memory; run again with fewer --workers: "
-            "what is made stays"
+            'what is made stays (in a script of yours, the call belongs below if __name__ == "__main__")'
         ) from error
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ STATUSES = ("ok", "skipped", "error")
 
 @dataclass
 class Record:
-    """One pair: files by role (paths as text, None where absent), what became of it, and keys that pass through."""
+    """One pair: files by role (kept as text, None where absent), what became of it, and keys that pass through."""
 
     id: str
     condition: str | None = None
@@ -43,6 +44,11 @@ class Record:
     error: str | None = None
     seconds: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in PATH_FIELDS:
+            setattr(self, name, _as_text(getattr(self, name)))
+        self.extra = {key: _as_text(value) for key, value in self.extra.items()}
 
     @property
     def failed(self) -> bool:
@@ -63,6 +69,11 @@ class Record:
         paths = {name: change(getattr(self, name)) for name in PATH_FIELDS if getattr(self, name) is not None}
         extra = {name: change(self.extra[name]) for name in EXTRA_PATHS if isinstance(self.extra.get(name), str)}
         return dataclasses.replace(self, **paths, extra={**self.extra, **extra})
+
+
+def _as_text(value: Any) -> Any:
+    """A `Path` as the text that JSON and all readers of records know; anything else as it is."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(Record) if f.name != "extra")

@@ -75,8 +75,12 @@ class Metric(ABC):
             one score a pair (None: this pair has none), or None where the metric is one of whole sets.
 
         Raises:
-            DataError: as `check`.
+            DataError: as `check`, or there are more of one role than of another.
         """
+        counts = {role: len(picture) for role, picture in zip(self.needs, pictures, strict=True)}
+        if len(set(counts.values())) > 1:
+            told = ", ".join(f"{count} of {role}" for role, count in counts.items())
+            raise DataError(f"{self.name}: takes as many of every role, not {told}")
         self.check(*pictures)
         scores = self._add(*(picture.to(self.device) for picture in pictures))
         self.count += pictures[0].shape[0]

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cocosnet.checkpoint import resolve_device
 from cocosnet.data.images import SUFFIXES, find_images, load_labels, load_rgb, shown
 from cocosnet.data.records import PATH_FIELDS, Record
 from cocosnet.errors import ConfigError, DataError, memory_named
@@ -61,7 +62,7 @@ class Evaluation:
 
     Args:
         metrics: names, as `get_metric` knows them.
-        device: where the arithmetic is done.
+        device: where the arithmetic is done: auto, cpu, cuda or cuda:N.
         seed: of what metrics sample.
         sides: "output" or "target" -> a file of statistics to take instead of pictures, or None for a side that is not
             there (its metrics have no value, but their statistics can be saved).
@@ -91,9 +92,9 @@ class Evaluation:
             raise ConfigError("no metric is named; name at least one, e.g. swd,psnr")
         if isinstance(metrics, str):  # its letters would be taken for names
             raise ConfigError(f"metrics must be a list of names, is the text {metrics!r}")
-        self.metrics = {name: get_metric(name, device=device, seed=seed) for name in metrics}
+        self._device, self._shards = resolve_device(device), shards
+        self.metrics = {name: get_metric(name, device=str(self._device), seed=seed) for name in metrics}
         self.rows: list[Record] = []
-        self._device, self._shards = torch.device(device), shards
         self._gathered = _Gathered({name: 0.0 for name in self.metrics})
         for side, path in (sides or {}).items():
             self._take_side(side, path)

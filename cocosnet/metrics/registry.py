@@ -45,14 +45,17 @@ def metric_names() -> list[str]:
 
 
 def get_metric(name: str, *, device: str = "cpu", seed: int = 0) -> Metric:
-    """A fresh metric.
+    """A fresh metric, whose arithmetic is done on `device`: auto, cpu, cuda or cuda:N.
 
     Raises:
         ConfigError: no metric has this name, or it has no such network.
         MissingWeights, MissingDependency: what the metric needs is not here, or a plug-in cannot be imported.
     """
+    from cocosnet.checkpoint import resolve_device  # listing the names loads no PyTorch
+
     name, colon, network = name.partition(":")
     kind = open_door(name, "metric", doors(GROUP, BUILT_IN))
+    device = str(resolve_device(device))
     if not colon:
         return kind(device=device, seed=seed)
     if "network" not in inspect.signature(kind).parameters:

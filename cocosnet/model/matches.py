@@ -19,6 +19,10 @@ class Matches:
     positions: Tensor
     scores: Tensor
 
+    def __getitem__(self, index: int) -> Matches:
+        """Those of one picture of the batch, as a batch of one."""
+        return Matches(self.positions[[index]], self.scores[[index]])
+
     def cpu(self) -> Matches:
         """The same matches in the CPU's memory."""
         return Matches(self.positions.cpu(), self.scores.cpu())

@@ -76,7 +76,12 @@ def warp_panel(
 
     Returns:
         mode RGB.
+
+    Raises:
+        ValueError: the matches are of several pictures.
     """
+    if any(len(level.positions) != 1 for level in matches):
+        raise ValueError("the matches are of several pictures; take one's: [level[index] for level in matches]")
     fields = [level.positions[0, 0].detach().float().cpu() for level in matches]
     offsets = [field - pixel_grid(*field.shape[-2:]) for field in fields]
     scale = max((typical_maximum(offset) / max(offset.shape[-2:]) for offset in offsets), default=0.0)
