@@ -49,17 +49,19 @@ RUN = """
     Trainer(load_config(config), data, run, "cpu", tick).train()
 """
 STUCK = """
-    import sys, time
+    import multiprocessing, sys, time
     from cocosnet.config import load_config
     from cocosnet.train.batches import StepBatches
     from cocosnet.train.trainer import Trainer
     class Lost(StepBatches):
         def __getitem__(self, step):
             time.sleep(3600)  # a disk of the network that does not answer
-    config, data, run = sys.argv[1:]
-    trainer = Trainer(load_config(config), data, run, "cpu")
-    trainer.batches.__class__ = Lost
-    trainer.train()
+    if __name__ == "__main__":
+        config, data, run, method = sys.argv[1:]
+        multiprocessing.set_start_method(method)
+        trainer = Trainer(load_config(config), data, run, "cpu")
+        trainer.batches.__class__ = Lost
+        trainer.train()
 """
 
 MATCHING = """
@@ -418,12 +420,19 @@ def test_without_room_in_shared_memory_the_run_ends_with_the_remedy(data, tmp_pa
     assert done.returncode == 3 and len(done.stderr.splitlines()) == 1 and "train.workers=0" in done.stderr, done.stderr
 
 
-def loading(process):
-    """Process ids of a trainer's loading processes, once it has them."""
-    deadline, children = time.monotonic() + 90, Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while not (found := children.read_text().split()) and time.monotonic() < deadline:
+def loading(process, behind_a_server=False):
+    """Process ids of a trainer's loading processes, once it has them; they may be children of its children."""
+    deadline, found = time.monotonic() + 90, []
+    while not found and time.monotonic() < deadline:
         time.sleep(0.1)
-    return [int(pid) for pid in found]
+        found = children(process.pid)
+        if behind_a_server:
+            found = [pid for server in found for pid in children(server)]
+    return found
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def are_gone(pids, seconds):
@@ -450,13 +459,15 @@ def test_a_signal_to_the_whole_group_still_saves(data, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for the loading processes")
+@pytest.mark.parametrize("method", ["fork", "forkserver"])  # the latter is Python's own choice from 3.14 on
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_loading_process_that_is_stuck_ends_with_the_trainer(data, tmp_path, number):
+def test_a_loading_process_that_is_stuck_ends_with_the_trainer(data, tmp_path, number, method):
     """The second Ctrl-C interrupts at once."""
     (tmp_path / "config.yaml").write_text(config_to_yaml(tiny("train.workers=1")))
-    command = [sys.executable, "-c", textwrap.dedent(STUCK), tmp_path / "config.yaml", data, tmp_path / "run"]
+    (tmp_path / "stuck.py").write_text(textwrap.dedent(STUCK))
+    command = [sys.executable, tmp_path / "stuck.py", tmp_path / "config.yaml", data, tmp_path / "run", method]
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
-    workers = loading(process)
+    workers = loading(process, behind_a_server=method == "forkserver")
     time.sleep(1)
     for _ in range(2):
         process.send_signal(number)

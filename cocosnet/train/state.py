@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,8 @@ def save_state(folder: Path, images: int, state: dict[str, Any]) -> Path:
     path = folder / f"state-{images:09d}.pt"
     with atomic_path(path, (RuntimeError,)) as temporary, open(temporary, "wb") as stream:
         torch.save({"format": FORMAT, "images": images, **state}, stream)  # a full disk becomes a RuntimeError in there
+        stream.flush()
+        os.fsync(stream.fileno())  # a power cut must not leave an empty file and the old ones gone
     prune(path)
     return path
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -528,13 +529,17 @@ def _ignore_signals(worker: int) -> None:
     if hasattr(signal, "sigtimedwait"):  # not on macOS
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_with_trainer, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_with(trainer: int) -> None:
-    """End this process, whatever it is at, when the process `trainer` says so or is gone."""
-    while os.getppid() == trainer:
+def _end_with_trainer(parent: int) -> None:
+    """End this process, whatever it is at, when the trainer says so or is gone.
+
+    Where processes are forked it is the `parent`. Else that is a server of Python's, which may outlive the trainer.
+    """
+    trainer = multiprocessing.parent_process()
+    while os.getppid() == parent and trainer.is_alive():
         heard = signal.sigtimedwait({signal.SIGTERM}, HEARTBEAT)
-        if heard is not None and heard.si_pid == trainer:
+        if heard is not None and heard.si_pid == trainer.pid:
             break
     os.kill(os.getpid(), signal.SIGKILL)
