@@ -14,7 +14,8 @@ def main() -> NoReturn:
 
         app.main()
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would end in a traceback from what is taken down
+        # A second one would leave a traceback of what is being taken down; a third ends that at once.
+        signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, signal.SIG_DFL))
         from cocosctl.exits import ExitCode
         from cocosctl.output import say
 

@@ -358,22 +358,31 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     tree[name] = _read_value(text, override)
 
 
-def _read_value(text: str, override: str) -> Any:
-    """A value of `--set`: YAML, but what YAML takes for a number or a date stays text, which a field reads as it needs.
+@dataclass(frozen=True)
+class _Typed:
+    """A value of `--set` that YAML takes for a number or a date: a field of text has it as it was typed, as 007."""
 
-    So a folder can be called 007 and a number be written 010. Raises ConfigError.
-    """
+    text: str
+    value: Any
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+def _read_value(text: str, override: str) -> Any:
+    """A value of `--set`, by YAML. Raises ConfigError."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override!r}: cannot read the value") from error
-    return value if value is None or isinstance(value, (bool, str, list, dict)) else text.strip()
+    as_it_is = value is None or isinstance(value, (bool, str, list, dict))
+    return value if as_it_is else _Typed(text.strip(), value)
 
 
 def _build(kind: type, values: Any, where: str) -> Any:
     """Make a `kind` (a dataclass) of a mapping, field by field."""
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{where.removesuffix('.') or 'config'}: expected a section, found {values}")
+        raise ConfigError(f"{where.removesuffix('.') or 'config'}: expected a section, found {values!r}")
     hints = typing.get_type_hints(kind)
     for key in values:
         if key not in hints:
@@ -383,6 +392,8 @@ def _build(kind: type, values: Any, where: str) -> Any:
 
 def _coerce(kind: Any, value: Any, where: str) -> Any:
     """Turn a YAML value into the field's type; YAML reads 1e-4 as text, so numbers are parsed by the type."""
+    if isinstance(value, _Typed):
+        value = value.text if kind is str else value.value
     if dataclasses.is_dataclass(kind):
         return _build(kind, {} if value is None else value, where + ".")
     if isinstance(kind, types.GenericAlias):

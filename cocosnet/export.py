@@ -232,9 +232,12 @@ def _resized(image: Tensor, size: Size) -> Tensor:
 
 def format_of(path: str | Path) -> str:
     """The format that a file's suffix chooses. Raises ConfigError or MissingDependency as `export_model`."""
-    form = FORMATS.get(Path(path).suffix)  # PyTorch knows its own by .pt2 in small letters
+    suffix = Path(path).suffix
+    form = FORMATS.get(suffix if suffix.lower() == ".pt2" else suffix.lower())  # PyTorch knows no .PT2
     if form is None:
-        raise ConfigError(f"{shown(path)}: the suffix chooses the format; give a name that ends in .pt2 or .onnx")
+        raise ConfigError(
+            f"{shown(path)}: the suffix chooses the format; give a name that ends in .pt2 (small letters) or .onnx"
+        )
     if form == "onnx":
         _onnx_packages()
     return form

@@ -101,7 +101,7 @@ def only_one(folder: Path, command: str) -> Iterator[None]:
     The system takes the lock back when the process is killed, whatever its children still do: they do not keep it.
 
     Raises:
-        OutputError: another process holds it, or the folder cannot be written.
+        OutputError: another run, of this process or another, holds it; or the folder cannot be written.
     """
     try:
         import fcntl
@@ -117,8 +117,10 @@ def only_one(folder: Path, command: str) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            text = f"{folder}: another {command} is at work on this folder; wait for it or choose another folder"
-            raise OutputError(text) from error
+            raise OutputError(
+                f"{folder}: another {command} is at work on this folder; wait for it, choose another folder, or delete "
+                f"{folder / '.lock'} if its machine is gone"
+            ) from error
         except OSError as error:  # a file system without locks, as Lustre is where it was mounted without them
             logger.warning("%s: no locks here (%s); see to it that no other run writes to it", folder, error.strerror)
         yield

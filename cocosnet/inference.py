@@ -5,12 +5,14 @@ A condition and an exemplar are read, brought to the working size, put through t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -268,17 +270,18 @@ class Translator:
 
     def _extracted(self, photo: Image.Image, path: str, side: int | None = None) -> Image.Image | Pose:
         """What the extractor finds in the photograph of that file. Raises DataError naming the file."""
-        try:
+        with _named(path):
             check_not_thin(photo)
             return self.extractor(photo, side)
-        except DataError as error:
-            raise DataError(f"{shown(path)}: {error}") from error
 
     def _sized(
         self, image: Image.Image, path: str, resample: Image.Resampling = Image.Resampling.LANCZOS
     ) -> Image.Image:
-        """At the working size: never enlarged unless a size was asked for."""
+        """At the working size: never enlarged unless a size was asked for, and a strip not even then."""
         side = self.size or min(self.data.size, *image.size)
+        if side > min(image.size):
+            with _named(path):
+                check_not_thin(image)
         return _large_enough(resize_shorter(image, side, resample), path)
 
     def _save_parts(self, pair: Pair, result: Output, output: Path) -> dict[str, str]:
@@ -338,6 +341,15 @@ def _handled(record: Record, output: Path, status: str, seconds: float | None, s
     kept = {key: value for key, value in record.extra.items() if same or key not in OF_OUTPUT}
     extra = {**kept, "condition_source": record.extra.get("condition_source", source)}
     return dataclasses.replace(record, output=str(output), status=status, error=None, seconds=seconds, extra=extra)
+
+
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Around what raises a DataError that does not name the file."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{shown(path)}: {error}") from error
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

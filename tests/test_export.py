@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cocosnet.checkpoint import load_model, save_model
 from cocosnet.config import config_from_dict
 from cocosnet.errors import CocosError, ConfigError, DataError
-from cocosnet.export import _save_onnx, compare, example_inputs, export_model, open_sizes, read_exported
+from cocosnet.export import _save_onnx, compare, example_inputs, export_model, format_of, open_sizes, read_exported
 from cocosnet.model.build import build_model
 
 MODEL = {
@@ -107,6 +107,13 @@ def test_one_program_takes_every_size(tmp_path):
     with pytest.raises((AssertionError, RuntimeError)):
         torch.export.load(path).module()(**example_inputs(model.config, (limits.multiple + low + 1, low), (low, low)))
     assert read_exported(path)["sizes"] == done.sizes
+
+
+def test_capitals_are_a_suffix_where_the_format_has_no_objection():
+    pytest.importorskip("onnx")
+    assert format_of("a.ONNX") == format_of("a.onnx")
+    with pytest.raises(ConfigError, match="small letters"):
+        format_of("a.PT2")
 
 
 @pytest.mark.parametrize("kind, name, script", [("cocosnet", "a.pt2", RUN_PROGRAM), ("spade", "a.onnx", RUN_ONNX)])

@@ -18,6 +18,7 @@ from cocosnet.data.records import Record, read_manifest, write_manifest
 from cocosnet.errors import ConfigError, DataError, MissingDependency
 from cocosnet.inference import Translator
 from cocosnet.metrics import evaluate, get_metric
+from cocosnet.model.matches import Matches
 from cocosnet.viz.panels import warp_panel
 from cocosnet.weights import ASSET_FOLDER
 
@@ -81,6 +82,16 @@ def test_a_metric_takes_as_many_of_one_role_as_of_the_other(name):
     assert metric.count == 0
 
 
+def test_sets_may_be_of_different_sizes(shared, monkeypatch):
+    monkeypatch.setenv("COCOSCTL_WEIGHTS_DIR", str(shared / "weights"))
+    pictures = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    at_once, apart = get_metric("fd_vgg16"), get_metric("fd_vgg16")
+    at_once.update(pictures, pictures[:2])
+    apart.update(pictures[:2], pictures[:1])
+    apart.update(pictures[2:], pictures[1:2])
+    assert at_once.compute()["value"] == pytest.approx(apart.compute()["value"], rel=1e-6)
+
+
 def test_slips_are_named_where_they_are_made():
     for batch in (torch.zeros(1, 3, 8, 8), torch.zeros(1, 8, 8)):
         with pytest.raises(ValueError, match="a picture is 3,H,W"):
@@ -93,5 +104,7 @@ def test_slips_are_named_where_they_are_made():
             cocosnet.load_config("demo", overrides)
     with pytest.raises(ConfigError, match="at least 1 px, is 0"):
         Translator("demo", device="cpu", size=0)
+    with pytest.raises(TypeError):
+        Matches(torch.zeros(2, 4, 2, 8, 8), torch.zeros(2, 4, 8, 8))[0:1]
     with pytest.raises(MissingDependency, match="'gpu9' cannot be used here"):
         evaluate([], ["l1"], device="gpu9")

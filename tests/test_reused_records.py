@@ -74,14 +74,14 @@ def test_a_name_that_looks_like_a_number_stays_as_it_was_typed(text):
 
 def test_values_of_the_command_line_are_what_their_fields_are():
     typed = [
-        "train.images=010",
+        "train.images=0x10",
         "train.lr_g=1e-3",
         "train.compile=true",
         "data.landmarks=",
         "model.encoder.widths=[8, 9, 010]",
     ]
     config = load_config("tiny-cpu", typed)
-    assert (config.train.images, config.train.lr_g, config.train.compile) == (10, 1e-3, True)
+    assert (config.train.images, config.train.lr_g, config.train.compile) == (16, 1e-3, True)
     assert config.data.landmarks == "" and config.model.encoder.widths == (8, 9, 8)
     with pytest.raises(ConfigError, match="data.landmarks: expected str, found False"):
         load_config("tiny-cpu", ["data.landmarks=no"])
@@ -98,9 +98,11 @@ def test_scores_do_not_replace_a_picture_or_a_model(pair, tmp_path, name):
 
 
 def test_a_thin_strip_does_not_take_the_memory_of_its_enlargement(pair, tmp_path):
-    Image.new("RGB", (2000, 8), "red").save(tmp_path / "strip.png")
-    (record,) = translated([{**pair, "condition": str(tmp_path / "strip.png")}], tmp_path / "out", "--raw")
-    assert record["status"] == "error" and "strip.png: 2000x8 px is too thin" in record["error"]
+    Image.new("L", (2000, 8)).save(tmp_path / "strip.png")
+    strip = {**pair, "condition": str(tmp_path / "strip.png")}
+    for options in (("--raw",), ()):  # looked through for edges, and enlarged to --size
+        (record,) = translated([strip], tmp_path / "out", *options)
+        assert record["status"] == "error" and "strip.png: 2000x8 px is too thin" in record["error"]
 
 
 def test_a_key_that_is_given_twice_is_an_error(tmp_path):

@@ -261,6 +261,7 @@ def test_from_where_a_run_goes_on_can_be_said(data, tmp_path):
         Trainer(tiny("train.lr_g=0.01"), data, tmp_path / "third", "cpu", resume=earlier).train()
     with pytest.raises(CheckpointError, match="nowhere.pt: damaged or missing"):
         Trainer(tiny(), data, tmp_path / "third", "cpu", resume="nowhere.pt").train()
+    assert not (tmp_path / "third").exists()
 
 
 def test_a_run_that_goes_on_in_another_folder_has_its_best_model_there(data, tmp_path):

@@ -48,7 +48,7 @@ class Record:
     def __post_init__(self) -> None:
         for name in PATH_FIELDS:
             setattr(self, name, _as_text(getattr(self, name)))
-        self.extra = {key: _as_text(value) for key, value in self.extra.items()}
+        self.extra = {key: _as_text(value) for key, value in (self.extra or {}).items()}
 
     @property
     def failed(self) -> bool:
@@ -62,7 +62,7 @@ class Record:
     def to_json(self) -> str:
         """One line of JSON; absent fields are left out."""
         known = {name: getattr(self, name) for name in _FIELDS if getattr(self, name) is not None}
-        return json.dumps({"schema": SCHEMA, **known, **self.extra}, ensure_ascii=True)
+        return json.dumps({"schema": SCHEMA, **known, **self.extra}, default=os.fspath)
 
     def rebased(self, change: Any) -> Record:
         """A copy with `change` applied to every path that is present."""

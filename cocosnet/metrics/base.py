@@ -24,6 +24,7 @@ class Metric(ABC):
         smallest: shortest side in px that the metric can handle.
         side: px, the square that every picture is brought to, so that small ones cost as much; 0: their own size.
         same_size: True where the pictures of a pair must agree in size (they are never resized to fit).
+        paired: False where outputs and targets are two sets, of which one may have more pictures.
         weights: names of the external weight files (`cocosnet.weights`) that the value depends on.
         from_statistics: True where a side can be a file of statistics instead of pictures (`use_statistics`).
     """
@@ -34,6 +35,7 @@ class Metric(ABC):
     smallest: int = 1
     side: int = 0
     same_size: bool = True
+    paired: bool = True
     weights: tuple[str, ...] = ()
     from_statistics: bool = False
 
@@ -78,7 +80,7 @@ class Metric(ABC):
             DataError: as `check`, or there are more of one role than of another.
         """
         counts = {role: len(picture) for role, picture in zip(self.needs, pictures, strict=True)}
-        if len(set(counts.values())) > 1:
+        if self.paired and len(set(counts.values())) > 1:
             told = ", ".join(f"{count} of {role}" for role, count in counts.items())
             raise DataError(f"{self.name}: takes as many of every role, not {told}")
         self.check(*pictures)

@@ -45,6 +45,7 @@ class Frechet(Metric):
     """
 
     same_size = False
+    paired = False
     from_statistics = True
     dimension: int
 
@@ -150,6 +151,7 @@ class KID(Metric):
         "(x.y / 2048 + 1)^3, all pictures up to 1000 a side, beyond that mean of 100 random subsets of 1000"
     )
     same_size = False
+    paired = False
     side = INPUT_SIZE
     weights = (WEIGHTS,)
 

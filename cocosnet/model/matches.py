@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,7 +22,8 @@ class Matches:
 
     def __getitem__(self, index: int) -> Matches:
         """Those of one picture of the batch, as a batch of one."""
-        return Matches(self.positions[[index]], self.scores[[index]])
+        index = operator.index(index)
+        return Matches(self.positions[index].unsqueeze(0), self.scores[index].unsqueeze(0))
 
     def cpu(self) -> Matches:
         """The same matches in the CPU's memory."""

@@ -79,7 +79,7 @@ class Trainer:
         Stopped: SIGINT, SIGTERM or SIGUSR1; the state was saved.
     Once the run has begun, DataError (a picture is damaged) and ConfigError (the numbers have ceased to be finite) come
     with the state saved, and on every rank; OutputError (the disk is full) on every rank, without. OutputError is also
-    raised where another process trains into the run folder.
+    raised where another run, of this process or another, trains into the run folder.
     """
 
     def __init__(
@@ -120,6 +120,7 @@ class Trainer:
         self.board: TensorBoard | None = None
         self.images, self.skipped, self.stop_signal = 0, 0, 0
         self._unheard: CocosError | None = None
+        self._held = contextlib.ExitStack()  # the run folder, which rank 0 holds from `load` to the end of `train`
         self.best = math.inf  # the least `train.val_metric` so far
 
     def train(self) -> Path:
@@ -128,7 +129,7 @@ class Trainer:
         A run that a signal stopped leaves the file RUN/stopped, for launchers that do not pass the exit code on.
         """
         self.ranks.write(self._rehearse)
-        with self._alone():
+        with self._held:
             self.load()
             self._learn()
             self.save()
@@ -204,7 +205,12 @@ class Trainer:
         self.ranks.write(lambda: self._take_folder(passed_over, resumed=chosen is not None))
 
     def _take_folder(self, passed_over: list[str], resumed: bool) -> None:
-        """Make the run folder say where the run stands, without what is going to be done again."""
+        """Make the run folder say where the run stands, without what is going to be done again.
+
+        From here on it is this run's alone: two would write each other's states and log.
+        """
+        self._held.close()  # where it was loaded before
+        self._held.enter_context(only_one(self.run, "train"))
         folders = self.run, self.run / "checkpoints", self.run / "samples"
         for path in [self.run / "stopped", *(path for folder in folders for path in folder.glob(".tmp-*"))]:
             try:
@@ -273,7 +279,7 @@ class Trainer:
         state = load_state(Path(self.resume))
         newer = [path for path in folder.glob("state-*.pt") if path.stem > f"state-{state['images']:09d}"]
         if newer:
-            raise ConfigError(f"{newer[0]}: is newer than {self.resume}; go on from that one in a folder of its own")
+            raise ConfigError(f"{newer[0]}: is newer than {self.resume}; remove it, or go on in another folder")
         return Path(self.resume), state
 
     def _warm_up(self) -> None:
@@ -462,13 +468,6 @@ class Trainer:
         """For whoever would start the run again by itself, which after an error is of no use."""
         if self._unheard is None:
             atomic_write(self.run / "stopped", f"at {self.images} images\n")
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Hold the run folder, which rank 0 does for all: two runs would write each other's states and log."""
-        with contextlib.ExitStack() as held:
-            self.ranks.write(lambda: held.enter_context(only_one(self.run, "train")))
-            yield
 
     @contextlib.contextmanager
     def _saved_on_failure(self) -> Iterator[None]:
