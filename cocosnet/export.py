@@ -236,7 +236,7 @@ def format_of(path: str | Path) -> str:
     form = FORMATS.get(suffix if suffix.lower() == ".pt2" else suffix.lower())  # PyTorch knows no .PT2
     if form is None:
         raise ConfigError(
-            f"{shown(path)}: the suffix chooses the format; give a name that ends in .pt2 (small letters) or .onnx"
+            f"{shown(path)}: the suffix chooses the format; give a name that ends in .pt2 or .onnx, in small letters"
         )
     if form == "onnx":
         _onnx_packages()
