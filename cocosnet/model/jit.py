@@ -19,13 +19,8 @@ import torch
 from cocosnet.errors import OutputError
 
 REMEDY = "name another folder for it by the environment's NUMBA_CACHE_DIR"
-SHARED = (
-    "desk",
-    "lanes",
-    "patchmatch",
-    "quick",
-    "warp",
-)  # modules whose code or constants are compiled into others' kernels
+# Modules whose code or constants are compiled into others' kernels.
+SHARED = ("desk", "lanes", "patchmatch", "quick", "warp")
 _TURN = threading.RLock()
 
 

@@ -1,7 +1,7 @@
 """The training run: a folder that says all about itself, and a loop that can be stopped and resumed at any step.
 
 RUN/config.yaml  stats.jsonl  model.safetensors  best.safetensors  samples/IMAGES.jpg  stopped (see `Trainer.train`)
-    checkpoints/state-IMAGES.pt  checkpoints/model-IMAGES.safetensors
+    checkpoints/state-IMAGES.pt  checkpoints/model-IMAGES.safetensors  .lock (held by the run that is at work)
 """
 
 from __future__ import annotations
